@@ -1,0 +1,67 @@
+"""The IEEE f32 quotient on every backend, jitted or not.
+
+XLA does not promise one: on CPU it turns a division by a broadcast value into a multiplication by the reciprocal, on
+GPU it emits an approximate divide. A weight's codes must be the same bits everywhere, so the quotient is corrected by
+one Newton step whose residual is exact: both factors are split into 12-bit halves, so no product rounds and a
+contraction into a fused multiply-add changes nothing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+_MANTISSA = np.uint32(0x007FFFFF)
+_ONE = np.uint32(0x3F800000)
+_SIGN = np.uint32(0x80000000)
+_HIGH_HALF = np.uint32(0xFFFFF000)  # 12 significant bits stay
+
+
+def quotient(x: Float[Array, "*shape"], scale: Float[Array, "*#shape"]) -> Float[Array, "*shape"]:
+    """`x / scale` in f32, correctly rounded (half to even).
+
+    Args:
+      x: Finite; magnitudes below 2**-126 count as zero.
+      scale: Positive, finite and normal. Broadcasts against `x`.
+
+    Returns:
+      The quotient; below 2**-126 it may be flushed to zero. NaN and infinities in `x` give NaN.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.broadcast_to(scale.astype(jnp.float32), jnp.broadcast_shapes(x.shape, scale.shape))
+    x = jnp.broadcast_to(x, scale.shape)
+    x_bits, s_bits = (lax.bitcast_convert_type(v, jnp.uint32) for v in (x, scale))
+    m, n = (_from_bits((bits & _MANTISSA) | _ONE) for bits in (x_bits, s_bits))  # both in [1, 2)
+    exponent = _exponent(x_bits) - _exponent(s_bits)
+
+    q = m / n  # within a few units in the last place, however the backend divides
+    (q_high, q_low), (n_high, n_low) = _halves(q), _halves(n)
+    residual = (((m - q_high * n_high) - q_high * n_low) - q_low * n_high) - q_low * n_low
+    q = q + residual / n
+
+    # 2**exponent in two factors: the exponent alone may leave the range of a normal number.
+    first = exponent // 2
+    q = (q * _power_of_two(first)) * _power_of_two(exponent - first)
+    q = _from_bits(lax.bitcast_convert_type(q, jnp.uint32) | (x_bits & _SIGN))
+    q = jnp.where(jnp.abs(x) < np.finfo(np.float32).tiny, jnp.zeros_like(q), q)
+    return jnp.where(jnp.isfinite(x) & jnp.isfinite(scale), q, jnp.full_like(q, jnp.nan))
+
+
+def _from_bits(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _exponent(bits: jax.Array) -> jax.Array:
+    return ((bits >> 23) & np.uint32(0xFF)).astype(jnp.int32)
+
+
+def _power_of_two(exponent: jax.Array) -> jax.Array:
+    return _from_bits((exponent + 127).astype(jnp.uint32) << 23)
+
+
+def _halves(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    high = _from_bits(lax.bitcast_convert_type(v, jnp.uint32) & _HIGH_HALF)
+    return high, v - high
