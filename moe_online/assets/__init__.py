@@ -1,0 +1,1 @@
+"""The trained checkpoint that ships with the library, and the script that trains it."""

@@ -1,0 +1,78 @@
+"""The routed experts in XLA: sort once, two grouped matmuls, one combine."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.activations import Activation
+from pallas_kernels.formats import Format, QuantizedArray
+from pallas_kernels.grouped_matmul.product import no_gradient, storage_bits
+from pallas_kernels.grouped_matmul.reference import grouped_matmul
+from pallas_kernels.quantize import quantize
+from pallas_kernels.routing import ExpertOrder, sort_by_expert
+
+
+def fused_moe(
+    x: Float[Array, "T H"],
+    w13: jax.Array | QuantizedArray,
+    w2: jax.Array | QuantizedArray,
+    topk_weights: Float[Array, "T top_k"],
+    topk_ids: Int32[Array, "T top_k"],
+    *,
+    activation: Activation,
+    activation_format: Format | None,
+    w13_bias: jax.Array | None,
+    w2_bias: jax.Array | None,
+    expert_map: Int32[Array, " global_E"] | None,
+    apply_router_weight_on_input: bool,
+) -> Float[Array, "T H"]:
+    """See `pallas_kernels.fused_moe`."""
+    if topk_ids.size == 0:
+        return jnp.zeros_like(x)
+    order = sort_by_expert(topk_ids, w2.shape[0], expert_map=expert_map)
+    weights = topk_weights.astype(jnp.float32)
+    dtype = x.dtype
+    if apply_router_weight_on_input:
+        x = (x.astype(jnp.float32) * weights).astype(dtype)
+        weights = jnp.ones_like(weights)
+    hidden = grouped_matmul(
+        _gather(x, order.tokens, activation_format),
+        w13,
+        order.group_sizes,
+        metadata=order.metadata,
+        bias=w13_bias,
+        epilogue=activation,
+        out_dtype=dtype,
+        out_format=activation_format,
+    )
+    out = grouped_matmul(hidden, w2, order.group_sizes, metadata=order.metadata, bias=w2_bias, out_dtype=jnp.float32)
+    assert not isinstance(out, QuantizedArray)  # no out_format was given
+    return _combine(out, weights, order).astype(dtype)
+
+
+def _gather(x: jax.Array, tokens: Int32[Array, " M"], fmt: Format | None) -> jax.Array | QuantizedArray:
+    """The rows of these tokens, each token quantized once however many experts it has."""
+    x = no_gradient(x)
+    if fmt is None:
+        return _take_rows(x, tokens)
+    q = quantize(x, fmt)
+    scales = q.scales if fmt.block[0] is None else q.scales[:, tokens]
+    return QuantizedArray(values=_take_rows(q.values, tokens), scales=scales, format=fmt)
+
+
+def _take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """`x[rows]`, moved as bits: XLA:CPU would gather small floats as f32."""
+    bits = lax.bitcast_convert_type(x, storage_bits(x.dtype))
+    return lax.bitcast_convert_type(bits[rows], x.dtype)
+
+
+def _combine(out: Float[Array, "M H"], weights: Float[Array, "T top_k"], order: ExpertOrder) -> Float[Array, "T H"]:
+    """The weighted sum over the experts of each token, in f32 and in the order of the slots."""
+    weights = jnp.where(order.routed, weights, jnp.zeros_like(weights))  # also where the weight is no number
+    total = jnp.zeros((weights.shape[0], out.shape[1]), jnp.float32)
+    for slot in range(weights.shape[1]):
+        total = total + weights[:, slot, None] * out[order.rows[:, slot]]
+    return total

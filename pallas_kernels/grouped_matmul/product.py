@@ -1,0 +1,141 @@
+"""The exact product of two operands in XLA, codes multiplied as codes: what every reference matmul is made of.
+
+Codes (int8, e4m3) are exact in bf16, so a product of codes, or of codes and bf16, is exact in f32; scales multiply
+f32 sums, once per K block. No dequantized weight is ever rounded to 16 bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from pallas_kernels.formats import QuantizedArray
+from pallas_kernels.implementations import UnsupportedError
+
+
+class Operand(NamedTuple):
+    """Rows to contract along K, with the scale of each row and K block."""
+
+    values: jax.Array  # [rows, K], or [E, rows, K] where `expert` chooses
+    scales: jax.Array | None  # [K blocks, rows] f32
+    block_k: int  # elements along K that share a scale; K where there are no blocks
+    expert: jax.Array | None = None
+
+    def columns(self, start: jax.Array, size: int) -> Float[Array, "rows size"]:
+        """The values of `size` columns, as they are stored."""
+        *_, rows, _ = self.values.shape
+        zero = jnp.zeros_like(start)
+        if self.expert is None:
+            return take(self.values, (zero, start), (rows, size))
+        return take(self.values, (self.expert, zero, start), (1, rows, size))[0]
+
+
+def operand(x: jax.Array | QuantizedArray) -> Operand:
+    """`x` `[rows, K]` with its scales spread over the rows; the values stay as they are stored."""
+    rows, k = x.shape
+    if not isinstance(x, QuantizedArray):
+        return Operand(x, None, k)
+    block_rows, block_k = x.format.block
+    return Operand(x.values, spread_rows(x.scales, block_rows, rows), min(block_k or k, k))
+
+
+def spread_rows(scales: jax.Array, block_rows: int | None, rows: int) -> Float[Array, "*batch blocks rows"]:
+    """Scales `[..., K blocks, N blocks]` -> one per row, `[..., K blocks, rows]`."""
+    if block_rows is None:
+        return jnp.broadcast_to(scales, (*scales.shape[:-1], rows))
+    return scales if block_rows == 1 else jnp.repeat(scales, block_rows, axis=-1)[..., :rows]
+
+
+def contraction_dtype(lhs: np.dtype[Any], rhs: np.dtype[Any]) -> np.dtype[Any]:
+    """The narrowest dtype that multiplies both exactly: the wider real one; bf16 for codes, int8 for int8 codes."""
+    if lhs == rhs == jnp.int8:
+        return np.dtype(np.int8)
+    real = {dtype for dtype in (lhs, rhs) if dtype in (jnp.bfloat16, jnp.float16, jnp.float32)}
+    if len(real) == 1:
+        return np.dtype(real.pop())
+    return np.dtype(np.float32 if real else jnp.bfloat16)
+
+
+def product(lhs: Operand, rhs: Operand) -> Float[Array, "M N"]:
+    """`lhs [M, K]` times `rhs [N, K]` transposed, in f32."""
+    k = lhs.values.shape[-1]
+    block_k = min(lhs.block_k, rhs.block_k)  # blocks are powers of two, or all of K
+    if block_k == k:
+        return _scaled(_dot(lhs.values, rhs.values), lhs, rhs, 0)
+
+    def add_block(total: jax.Array, wanted: jax.Array) -> tuple[jax.Array, None]:
+        start = jnp.minimum(wanted, k - block_k)
+        part = lhs.columns(start, block_k)
+        if k % block_k:  # the last block reaches back into the one before it
+            new = start + lax.iota(jnp.int32, block_k) >= wanted
+            part = jnp.where(new[None], part, jnp.zeros_like(part))
+        return total + _scaled(_dot(part, rhs.columns(start, block_k)), lhs, rhs, wanted), None
+
+    zeros = jnp.zeros((lhs.values.shape[-2], rhs.values.shape[-2]), jnp.float32)
+    total, _ = lax.scan(add_block, zeros, jnp.arange(0, k, block_k, dtype=jnp.int32))
+    return total
+
+
+def _dot(lhs: jax.Array, rhs: jax.Array) -> Float[Array, "M N"]:
+    dtype = contraction_dtype(lhs.dtype, rhs.dtype)
+    total = jnp.int32 if dtype == jnp.int8 else jnp.float32
+    dims = (((1,), (1,)), ((), ()))
+    product = lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), dims, preferred_element_type=total)
+    return product.astype(jnp.float32)
+
+
+def _scaled(part: jax.Array, lhs: Operand, rhs: Operand, start: jax.Array | int) -> jax.Array:
+    """Multiplies a sum over the K block that begins at `start` with its scales."""
+    if lhs.scales is not None:
+        part = part * lax.dynamic_index_in_dim(lhs.scales, start // lhs.block_k, keepdims=False)[:, None]
+    if rhs.scales is not None:
+        part = part * lax.dynamic_index_in_dim(rhs.scales, start // rhs.block_k, keepdims=False)[None, :]
+    return part
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def take(x: jax.Array, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
+    """`lax.dynamic_slice` that never widens the whole of `x`.
+
+    XLA:CPU slices small floats as f32 (bf16 in jax 0.10, e4m3 in 0.11 too) and then converts the whole array outside
+    of the loop. Slicing their bits avoids that; the barrier keeps the reinterpretation itself inside of the loop.
+    """
+    bits = storage_bits(x.dtype)
+    if bits == x.dtype:
+        return lax.dynamic_slice(x, starts, sizes)
+    x, *starts = lax.optimization_barrier((x, *starts))
+    return lax.bitcast_convert_type(lax.dynamic_slice(lax.bitcast_convert_type(x, bits), starts, sizes), x.dtype)
+
+
+@take.defjvp
+def _take_jvp(
+    sizes: tuple[int, ...], primals: tuple[jax.Array, tuple[jax.Array, ...]], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    x, starts = primals
+    return take(x, starts, sizes), lax.dynamic_slice(tangents[0], starts, sizes)
+
+
+def storage_bits(dtype: Any) -> np.dtype[Any]:
+    """The dtype that XLA:CPU moves `dtype` as without converting it: unsigned integers for floats below 32 bits."""
+    dtype = np.dtype(dtype)
+    small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return np.dtype(f"uint{dtype.itemsize * 8}") if small else dtype
+
+
+@jax.custom_jvp
+def no_gradient(x: jax.Array) -> jax.Array:
+    """`x`; differentiating it is an error rather than a silent zero."""
+    return x
+
+
+@no_gradient.defjvp
+def _no_gradient_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    raise UnsupportedError(
+        "grouped_matmul and quantized activations have no gradient; keep them out of jax.grad with lax.stop_gradient"
+    )

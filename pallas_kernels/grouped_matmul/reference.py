@@ -1,0 +1,189 @@
+"""Grouped matmul in XLA: memory-bounded, and fast enough for CPU users.
+
+Groups with rows are visited in order. Of each, one expert's weights are taken, and its rows are covered by tiles:
+large ones first, smaller ones for the rest, so that little work falls on rows of other groups. `lax.ragged_dot` on a
+CPU does the work of all experts on all rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.activations import Activation
+from pallas_kernels.formats import Format, QuantizedArray
+from pallas_kernels.grouped_matmul.product import (
+    Operand,
+    contraction_dtype,
+    no_gradient,
+    operand,
+    product,
+    spread_rows,
+    storage_bits,
+    take,
+)
+from pallas_kernels.quantize import quantize
+from pallas_kernels.routing import GroupMetadata, make_group_metadata
+
+MAX_TILE = 512  # rows; larger ones are no faster
+MIN_TILE = 8
+TILE_OVERHEAD = 37  # what a tile costs beside its rows (packing of the weights), in rows; measured on two Zen 4 cores
+
+
+class Groups(NamedTuple):
+    """The groups of the experts at hand that have rows, first `num_active` entries of `active`."""
+
+    starts: jax.Array  # [E]
+    sizes: jax.Array  # [E]
+    active: jax.Array  # [min(E, M)] expert
+    num_active: jax.Array  # []
+
+
+def grouped_matmul(
+    lhs: Float[Array, "M K"] | QuantizedArray,
+    rhs: jax.Array | QuantizedArray,
+    group_sizes: Int32[Array, " groups"],
+    *,
+    out_dtype: Any,
+    metadata: GroupMetadata | None = None,
+    activation_format: Format | None = None,
+    out_format: Format | None = None,
+    bias: jax.Array | None = None,
+    epilogue: Activation | None = None,
+    group_offset: Int32[Array, ""] | int | None = None,
+) -> Float[Array, "M N_out"] | QuantizedArray:
+    """See `pallas_kernels.grouped_matmul`; `rhs` may also be `[E, S, N, K]` with `bias` `[E, S, N]`."""
+    lhs, rhs = jax.tree.map(no_gradient, (lhs, rhs))
+    if activation_format is not None and not isinstance(lhs, QuantizedArray):
+        lhs = quantize(lhs, activation_format)
+    metadata = metadata or make_group_metadata(group_sizes)
+    groups = _groups(group_sizes, metadata, rhs.shape[0], lhs.shape[0], group_offset)
+    out = _visit_groups(lhs, rhs, groups, bias, epilogue, np.dtype(out_dtype))
+    return out if out_format is None else quantize(out, out_format)
+
+
+def _visit_groups(
+    lhs: jax.Array | QuantizedArray,
+    rhs: jax.Array | QuantizedArray,
+    groups: Groups,
+    bias: jax.Array | None,
+    epilogue: Activation | None,
+    out_dtype: np.dtype[Any],
+) -> jax.Array:
+    num_rows, num_experts = lhs.shape[0], rhs.shape[0]
+    n_out = math.prod(rhs.shape[1:-1]) // (1 if epilogue is None else 2)
+    if num_rows == 0:
+        return jnp.zeros((0, n_out), out_dtype)
+    rows, in_blocks, dtype = operand(lhs), _in_blocks(lhs, rhs), contraction_dtype(lhs.dtype, rhs.dtype)
+    tiles = tile_sizes(num_rows, num_experts)
+
+    def one_group(i: jax.Array, out: jax.Array) -> jax.Array:
+        expert = groups.active[i]
+        weights = _expert(rhs, expert, in_blocks=in_blocks, dtype=dtype)
+        offsets = None if bias is None else bias[expert].reshape(-1).astype(jnp.float32)
+        row, end = groups.starts[expert], groups.starts[expert] + groups.sizes[expert]
+        for tile, worth in tiles:
+
+            def more(state: tuple[jax.Array, jax.Array], worth: int = worth) -> jax.Array:
+                return end - state[0] > worth
+
+            def one_tile(state: tuple[jax.Array, jax.Array], tile: int = tile) -> tuple[jax.Array, jax.Array]:
+                row, out = state
+                start = jnp.minimum(row, num_rows - tile)
+                total = product(_rows(rows, start, tile), weights)
+                value = _finish(total, offsets, epilogue, out_dtype)
+                return row + tile, _store(out, value, start, row, end)
+
+            row, out = lax.while_loop(more, one_tile, (row, out))
+        return out
+
+    out = jnp.zeros((num_rows, n_out), storage_bits(out_dtype))
+    out = lax.fori_loop(0, groups.num_active, one_group, out)
+    return lax.bitcast_convert_type(out, out_dtype)
+
+
+def tile_sizes(num_rows: int, num_groups: int) -> tuple[tuple[int, int], ...]:
+    """Tiles for groups of about `num_rows / num_groups` rows: `(rows, worth)`, largest first.
+
+    A tile is used while more than `worth` rows are left: from there on it costs less than tiles of the next size.
+    """
+    largest = 2 ** math.ceil(math.log2(max(1, num_rows / num_groups)))
+    sizes = [min(max(largest, MIN_TILE), MAX_TILE)]
+    while sizes[-1] >= 4 * MIN_TILE:
+        sizes.append(sizes[-1] // 4)
+    sizes = sorted({min(size, num_rows) for size in sizes}, reverse=True)
+    worth = [
+        (math.ceil((size + TILE_OVERHEAD) / (smaller + TILE_OVERHEAD)) - 1) * smaller
+        for size, smaller in itertools.pairwise(sizes)
+    ]
+    return tuple(zip(sizes, [*worth, 0], strict=True))
+
+
+def _groups(
+    group_sizes: jax.Array, metadata: GroupMetadata, num_experts: int, num_rows: int, offset: jax.Array | int | None
+) -> Groups:
+    starts, sizes = metadata.group_starts, group_sizes
+    if offset is not None:
+        starts, sizes = (lax.dynamic_slice_in_dim(x, offset, num_experts) for x in (starts, sizes))
+    (active,) = jnp.nonzero(sizes > 0, size=min(num_experts, num_rows), fill_value=0)
+    return Groups(starts, sizes, active.astype(jnp.int32), jnp.sum(sizes > 0, dtype=jnp.int32))
+
+
+def _expert(rhs: jax.Array | QuantizedArray, expert: jax.Array, *, in_blocks: bool, dtype: Any) -> Operand:
+    """One expert's weights `[N, K]`, gate and up one after the other.
+
+    They are taken, in the dtype of the contraction, once for all its tiles; with K in blocks it is faster to take
+    them block by block and tile by tile.
+    """
+    num_experts, *halves, n, k = rhs.shape
+    values = rhs.values if isinstance(rhs, QuantizedArray) else rhs
+    rows = math.prod((*halves, n))
+    values = values.reshape(num_experts, rows, k)
+    if not in_blocks:
+        zero = jnp.zeros_like(expert)
+        values = take(values, (expert, zero, zero), (1, rows, k))[0].astype(dtype)
+    if not isinstance(rhs, QuantizedArray):
+        return Operand(values, None, k, expert if in_blocks else None)
+    block_n, block_k = rhs.format.block
+    scales = spread_rows(lax.dynamic_index_in_dim(rhs.scales, expert, keepdims=False), block_n, n)
+    if halves:
+        scales = jnp.swapaxes(scales, 0, 1)
+    return Operand(values, scales.reshape(-1, rows), min(block_k or k, k), expert if in_blocks else None)
+
+
+def _in_blocks(*operands: jax.Array | QuantizedArray) -> bool:
+    """Whether K is cut into blocks that have scales of their own."""
+    quantized = (x for x in operands if isinstance(x, QuantizedArray))
+    return any((x.format.block[1] or x.shape[-1]) < x.shape[-1] for x in quantized)
+
+
+def _rows(rows: Operand, start: jax.Array, size: int) -> Operand:
+    values = take(rows.values, (start, jnp.zeros_like(start)), (size, rows.values.shape[1]))
+    scales = None if rows.scales is None else lax.dynamic_slice_in_dim(rows.scales, start, size, 1)
+    return rows._replace(values=values, scales=scales)
+
+
+def _finish(total: jax.Array, bias: jax.Array | None, epilogue: Activation | None, dtype: Any) -> jax.Array:
+    """Bias, rounding and activation of f32 sums: each rounding is part of the definition."""
+    if bias is not None:
+        total = total + bias[None]
+    if epilogue is None:
+        return total.astype(dtype)
+    gate, up = jnp.split(total.astype(dtype), 2, axis=1)
+    return epilogue(gate, up).astype(dtype)
+
+
+def _store(out: jax.Array, value: jax.Array, start: jax.Array, row: jax.Array, end: jax.Array) -> jax.Array:
+    """Writes the rows `[row, end)` of a tile that begins at `start` and may hold others' rows as well."""
+    index = start + lax.iota(jnp.int32, value.shape[0])
+    mine = ((index >= row) & (index < end))[:, None]
+    old = lax.dynamic_slice_in_dim(out, start, value.shape[0])
+    value = jnp.where(mine, lax.bitcast_convert_type(value, out.dtype), old)
+    return lax.dynamic_update_slice_in_dim(out, value, start, 0)

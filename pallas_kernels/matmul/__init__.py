@@ -1,0 +1,3 @@
+"""Dense matmul with quantized operands."""
+
+from pallas_kernels.matmul.api import matmul as matmul

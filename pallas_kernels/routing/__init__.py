@@ -1,0 +1,7 @@
+"""From router logits to experts, and from experts to rows sorted by expert."""
+
+from pallas_kernels.routing.api import route as route
+from pallas_kernels.routing.groups import ExpertOrder as ExpertOrder
+from pallas_kernels.routing.groups import GroupMetadata as GroupMetadata
+from pallas_kernels.routing.groups import make_group_metadata as make_group_metadata
+from pallas_kernels.routing.groups import sort_by_expert as sort_by_expert

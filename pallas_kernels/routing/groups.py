@@ -1,0 +1,85 @@
+"""Rows sorted by expert: computed once per layer call, shared by both matmuls."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Int32
+
+if TYPE_CHECKING:
+    Leaf = jax.Array
+else:
+    Leaf = Any  # jax.tree.map may put a ShapeDtypeStruct, a sharding or a spec here
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupMetadata:
+    """What every grouped matmul over the same rows derives from `group_sizes`."""
+
+    group_starts: Leaf  # [groups] int32, first row of each group
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertOrder:
+    """The (token, slot) pairs sorted by expert; pairs of no expert here come last and belong to no group.
+
+    Row `r` holds token `tokens[r]`; pair `(t, j)` lies in row `rows[t, j]`, and `routed[t, j]` says whether it has an
+    expert. Within an expert rows are in order of (token, slot), so the order is the same from run to run.
+    """
+
+    tokens: Leaf  # [T * top_k] int32
+    rows: Leaf  # [T, top_k] int32
+    routed: Leaf  # [T, top_k] bool
+    group_sizes: Leaf  # [E] int32
+    metadata: GroupMetadata
+
+
+def make_group_metadata(group_sizes: Int32[Array, " groups"]) -> GroupMetadata:
+    """The metadata of `grouped_matmul` for these groups.
+
+    >>> import jax.numpy as jnp
+    >>> make_group_metadata(jnp.array([2, 0, 3], jnp.int32)).group_starts.tolist()
+    [0, 2, 2]
+    """
+    return GroupMetadata(group_starts=jnp.cumsum(group_sizes, dtype=jnp.int32) - group_sizes)
+
+
+def sort_by_expert(
+    topk_ids: Int32[Array, "T top_k"], num_experts: int, *, expert_map: Int32[Array, " global_E"] | None = None
+) -> ExpertOrder:
+    """Sorts the (token, slot) pairs by expert, once for both matmuls.
+
+    Args:
+      topk_ids: int32 `[T, top_k]`; an id outside the experts' range has no expert.
+      num_experts: Experts here.
+      expert_map: int32 `[global_E]`, the place here of each global id, or -1; `topk_ids` are global ids then.
+
+    >>> import jax.numpy as jnp
+    >>> order = sort_by_expert(jnp.array([[1, 0], [-1, 1]], jnp.int32), 2)
+    >>> order.tokens.tolist(), order.rows.tolist(), order.group_sizes.tolist()
+    ([0, 0, 1, 1], [[1, 0], [3, 2]], [1, 2])
+    """
+    num_tokens, top_k = topk_ids.shape
+    ids = topk_ids.reshape(-1)
+    if expert_map is not None:
+        known = (ids >= 0) & (ids < expert_map.shape[0])
+        ids = jnp.where(known, expert_map[jnp.clip(ids, 0, expert_map.shape[0] - 1)], jnp.full_like(ids, -1))
+    routed = (ids >= 0) & (ids < num_experts)
+    keys = jnp.where(routed, ids, jnp.full_like(ids, num_experts))
+    index = lax.iota(jnp.int32, ids.shape[0])
+    keys, pairs = lax.sort((keys, index), num_keys=1, is_stable=True)
+    rows = jnp.zeros_like(index).at[pairs].set(index, unique_indices=True)
+    bounds = jnp.searchsorted(keys, lax.iota(jnp.int32, num_experts + 1)).astype(jnp.int32)
+    return ExpertOrder(
+        tokens=pairs // top_k,
+        rows=rows.reshape(num_tokens, top_k),
+        routed=routed.reshape(num_tokens, top_k),
+        group_sizes=bounds[1:] - bounds[:-1],
+        metadata=GroupMetadata(group_starts=bounds[:-1]),
+    )

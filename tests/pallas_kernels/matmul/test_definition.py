@@ -1,0 +1,54 @@
+"""The dense matmul against the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import UnsupportedError, matmul, quantize
+from tests.pallas_kernels import definition
+from tests.tolerance import assert_close
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(37, 300)), rng.normal(size=(200, 300)) * 8.0 ** (np.arange(300) // 128)
+    bias = rng.normal(size=200)
+    return (jnp.asarray(v, jnp.float32).astype(jnp.bfloat16) for v in (x, w, bias))
+
+
+@pytest.mark.parametrize("activation", [None, "int8_per_token", "fp8_per_token", "fp8_per_group"])
+@pytest.mark.parametrize("weight", [None, "int8_per_channel", "fp8_per_channel", "fp8_per_block"])
+def test_matches_definition(weight, activation):
+    x, w, bias = problem()
+    expected = definition.real(x, activation) @ definition.real(w, weight).T + definition.real(bias)
+
+    packed = w if weight is None else jax.jit(quantize, static_argnums=1)(w, weight)
+    run = jax.jit(lambda x, bias: matmul(x, packed, bias=bias, activation_format=activation))
+    assert_close(run(x, bias), expected, batch=2.5e-3, worst_row=4e-3)
+    with pytest.raises(AssertionError):
+        assert_close(run(jnp.roll(x, 128, axis=1), bias), expected, batch=1e-1, worst_row=1e-1)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("weight", [None, "int8_per_channel", "fp8_per_block"])
+def test_gradient_of_x(weight):
+    x, w, _ = problem()
+    packed = w if weight is None else quantize(w, weight)
+    gradient = jax.jit(jax.grad(lambda x: matmul(x, packed).astype(jnp.float32).sum()))(x)
+    expected = np.broadcast_to(definition.real(w, weight).sum(0), x.shape)
+    assert_close(gradient, expected, batch=4e-3, worst_row=4e-3)
+
+
+def test_errors():
+    x, w, bias = problem()
+    with pytest.raises(ValueError, match="same K"):
+        matmul(x[:, :100], w)
+    with pytest.raises(ValueError, match=r"bias.shape=\(5,\) must be \[N\]"):
+        matmul(x, w, bias=bias[:5])
+    with pytest.raises(ValueError, match="drop one"):
+        matmul(quantize(x, "fp8_per_token"), w, activation_format="fp8_per_token")
+    with pytest.raises(UnsupportedError, match="dense matmul kernel"):
+        matmul(x, w, implementation="mosaic_gpu")
+    with pytest.raises(UnsupportedError, match="no gradient"):
+        jax.grad(lambda x: matmul(x, w, activation_format="fp8_per_token").sum())(x)
