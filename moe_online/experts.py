@@ -1,0 +1,146 @@
+"""`ExpertWeights`: everything learned of one layer's routed experts, abstract or concrete, quantized or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from pallas_kernels import Format, QuantizedArray
+
+if TYPE_CHECKING:
+    Weight = jax.Array | QuantizedArray
+    Leaf = jax.Array
+else:
+    Weight = Leaf = Any  # jax.tree.map may put a ShapeDtypeStruct, a sharding or a spec here
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertWeights:
+    """The routed experts of one layer. Every axis 0 is the expert, so moving experts is one gather over the tree.
+
+    K, the contraction axis, comes last, as the kernels want it: H in `w13_weight`, I in `w2_weight`. Gate and up have
+    an axis of their own, so sharding I gives each device matching halves, and no block of scales straddles them.
+    """
+
+    w13_weight: Weight  # [E, 2, I, H]: gate, up
+    w2_weight: Weight  # [E, H, I]
+    w13_bias: Leaf | None = None  # [E, 2, I]; never quantized
+    w2_bias: Leaf | None = None  # [E, H]; never quantized
+    w13_input_scale: None = None  # activations are quantized as they come, so there is nothing to store
+    w2_input_scale: None = None
+    e_score_correction_bias: Leaf | None = None  # [E]
+    expert_map: Leaf | None = None  # int32 [global E]: place here, or -1
+    orig_dtype: np.dtype[Any] = dataclasses.field(metadata={"static": True})  # before quantization
+    # Of the matmuls' inputs. It travels with the weights, so a layer that was swapped in needs no second setting.
+    activation_format: Format | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def num_experts(self) -> int:
+        """E, the experts held here."""
+        return self.w2_weight.shape[0]
+
+    @property
+    def weight_block_size(self) -> tuple[int, int] | None:
+        """`(N, K)` elements that share a scale, or None where a scale spans a whole axis or nothing is quantized."""
+        block = self.w2_weight.format.block if isinstance(self.w2_weight, QuantizedArray) else (None, None)
+        return None if block[0] is None or block[1] is None else (block[0], block[1])
+
+    def named_tensors(self) -> dict[str, jax.Array]:
+        """All tensors by the names that vLLM gives them after loading; layouts stay ours.
+
+        Source: `replace_parameter` calls in vllm/model_executor/layers/quantization/online/.
+        """
+        tensors: dict[str, jax.Array] = {}
+        for name, weight in (("w13", self.w13_weight), ("w2", self.w2_weight)):
+            if isinstance(weight, QuantizedArray):
+                tensors[f"{name}_weight"] = weight.values
+                tensors[scale_name(name, weight.format)] = weight.scales
+            else:
+                tensors[f"{name}_weight"] = weight
+        for name in ("w13_bias", "w2_bias", "e_score_correction_bias", "expert_map"):
+            value = getattr(self, name)
+            if value is not None:
+                tensors[name] = value
+        return tensors
+
+
+def scale_name(weight: str, fmt: Format) -> str:
+    """vLLM's name for the scales of `w13` or `w2`; its "inv" notwithstanding, they multiply."""
+    if fmt.storage == np.int8:
+        return f"{weight}_scale"
+    return f"{weight}_weight_scale_inv" if fmt.block == (128, 128) else f"{weight}_weight_scale"
+
+
+def abstract_experts(
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: DTypeLike,
+    *,
+    has_bias: bool = False,
+    mesh: Mesh | None = None,
+    expert_axis: str = "expert",
+    tensor_axis: str = "tensor",
+) -> ExpertWeights:
+    """Declares the experts of one layer as `ShapeDtypeStruct`s; allocates nothing.
+
+    Args:
+      num_experts: E.
+      hidden_size: H.
+      intermediate_size: I.
+      dtype: Of weights and biases.
+      has_bias: Whether the experts have biases.
+      mesh: Shards E over its axis `expert_axis` and I over `tensor_axis`, each where the mesh has it. None places
+        everything on the default device.
+      expert_axis: Name of a mesh axis.
+      tensor_axis: Name of a mesh axis.
+
+    Raises:
+      ValueError: an axis does not divide among its devices.
+    """
+    e, h, i = num_experts, hidden_size, intermediate_size
+    axes = {expert_axis, tensor_axis} & set(mesh.axis_names if mesh else ())
+    expert, tensor = (name if name in axes else None for name in (expert_axis, tensor_axis))
+
+    def declare(shape: tuple[int, ...], *spec: str | None) -> Any:
+        if mesh is None:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(default_device()))
+        for size, name in zip(shape, spec, strict=True):
+            if name is not None and size % mesh.shape[name]:
+                raise ValueError(
+                    f"{size} of {shape=} does not divide among the {mesh.shape[name]} devices of mesh axis {name!r}"
+                )
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    return ExpertWeights(
+        w13_weight=declare((e, 2, i, h), expert, None, tensor, None),
+        w2_weight=declare((e, h, i), expert, None, tensor),
+        w13_bias=declare((e, 2, i), expert, None, tensor) if has_bias else None,
+        w2_bias=declare((e, h), expert, None) if has_bias else None,
+        orig_dtype=jnp.dtype(dtype),
+    )
+
+
+def default_device() -> jax.Device:
+    """Where an array without a sharding would go."""
+    device = getattr(jax.config, "jax_default_device", None)  # a device, a platform's name or None
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
+
+
+def default_sharding(leaf: Any) -> Sharding:
+    """The sharding of an abstract leaf, or the default device's."""
+    sharding: Sharding | None = getattr(leaf, "sharding", None)
+    return SingleDeviceSharding(default_device()) if sharding is None else sharding
+
+
+def nbytes(leaf: Any) -> int:
+    """Bytes of an array, a `ShapeDtypeStruct` or a whole tree of them."""
+    return sum(math.prod(part.shape) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))

@@ -1,0 +1,3 @@
+"""Flax modules around the functional layer."""
+
+from moe_online.flax.nnx import MoE as MoE

@@ -1,0 +1,72 @@
+"""`MoE` for flax.nnx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from moe_online.config import MoEConfig
+from moe_online.experts import ExpertWeights
+from moe_online.layer import moe_layer
+
+
+class MoE(nnx.Module):
+    """A layer of routed experts: `moe(x) -> y`, both `[..., H]`.
+
+    Its parameters are `router` `[H, E]` (a kernel, as `nnx.Linear` has one, computed in f32) and `experts`, one
+    `ExpertWeights`. Made inside `nnx.eval_shape` it is only declared; `moe_online.load` fills and quantizes it.
+
+    Args:
+      config: The layer.
+      rngs: Initialises the parameters.
+      dtype: Of the computation: inputs are cast to it. None keeps theirs.
+      param_dtype: Of the parameters; default `config.params_dtype`.
+
+    >>> config = MoEConfig(num_experts=256, top_k=8, hidden_size=7168, intermediate_size=2048)
+    >>> moe = nnx.eval_shape(lambda: MoE(config, rngs=nnx.Rngs(0)))  # 22 GB of weights, declared
+    >>> moe.experts.w13_weight.shape
+    (256, 2, 2048, 7168)
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike | None = jnp.bfloat16,
+        param_dtype: DTypeLike | None = None,
+    ):
+        param_dtype = config.params_dtype if param_dtype is None else param_dtype
+        self.router = nnx.Linear(
+            config.hidden_size,
+            config.num_experts,
+            use_bias=False,
+            dtype=jnp.float32,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.experts = nnx.Param(_init_experts(config, rngs.params(), param_dtype))
+        self.config, self.dtype = config, None if dtype is None else jnp.dtype(dtype)
+
+    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
+        """Returns the weighted sum of the chosen experts' outputs, in `dtype`."""
+        x = x if self.dtype is None else x.astype(self.dtype)
+        return moe_layer(x, self.router.kernel[...], self.experts.get_value(), self.config)
+
+
+def _init_experts(config: MoEConfig, key: jax.Array, dtype: Any) -> ExpertWeights:
+    e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
+    scale = {"in_axis": -1, "out_axis": -2}
+    keys = jax.random.split(key)
+    return ExpertWeights(
+        w13_weight=jax.nn.initializers.lecun_normal(**scale, batch_axis=(0, 1))(keys[0], (e, 2, i, h), dtype),
+        w2_weight=jax.nn.initializers.lecun_normal(**scale, batch_axis=(0,))(keys[1], (e, h, i), dtype),
+        w13_bias=jnp.zeros((e, 2, i), dtype) if config.has_bias else None,
+        w2_bias=jnp.zeros((e, h), dtype) if config.has_bias else None,
+        orig_dtype=jnp.dtype(dtype),
+    )
