@@ -21,6 +21,15 @@ else:
     Weight = Leaf = Any  # jax.tree.map may put a ShapeDtypeStruct, a sharding or a spec here
 
 
+SIZES = {  # of each tensor: E experts here, 2 for gate and up, I intermediate, H hidden, G experts anywhere
+    "w13_weight": "E2IH",
+    "w2_weight": "EHI",
+    "w13_bias": "E2I",
+    "w2_bias": "EH",
+    "e_score_correction_bias": "G",
+}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertWeights:
@@ -106,27 +115,35 @@ def abstract_experts(
     Raises:
       ValueError: an axis does not divide among its devices.
     """
-    e, h, i = num_experts, hidden_size, intermediate_size
-    axes = {expert_axis, tensor_axis} & set(mesh.axis_names if mesh else ())
-    expert, tensor = (name if name in axes else None for name in (expert_axis, tensor_axis))
+    sizes = {"E": num_experts, "2": 2, "I": intermediate_size, "H": hidden_size}
 
-    def declare(shape: tuple[int, ...], *spec: str | None) -> Any:
+    def declare(field: str) -> Any:
+        shape = tuple(sizes[letter] for letter in SIZES[field])
         if mesh is None:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(default_device()))
-        for size, name in zip(shape, spec, strict=True):
+        sharding = NamedSharding(mesh, expert_spec(field, mesh, expert_axis=expert_axis, tensor_axis=tensor_axis))
+        for size, name in zip(shape, sharding.spec, strict=True):
             if name is not None and size % mesh.shape[name]:
                 raise ValueError(
-                    f"{size} of {shape=} does not divide among the {mesh.shape[name]} devices of mesh axis {name!r}"
+                    f"{size} of {field} {shape} does not divide among the {mesh.shape[name]} devices of mesh axis "
+                    f"{name!r}"
                 )
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     return ExpertWeights(
-        w13_weight=declare((e, 2, i, h), expert, None, tensor, None),
-        w2_weight=declare((e, h, i), expert, None, tensor),
-        w13_bias=declare((e, 2, i), expert, None, tensor) if has_bias else None,
-        w2_bias=declare((e, h), expert, None) if has_bias else None,
+        w13_weight=declare("w13_weight"),
+        w2_weight=declare("w2_weight"),
+        w13_bias=declare("w13_bias") if has_bias else None,
+        w2_bias=declare("w2_bias") if has_bias else None,
         orig_dtype=jnp.dtype(dtype),
     )
+
+
+def expert_spec(field: str, mesh: Mesh, *, expert_axis: str = "expert", tensor_axis: str = "tensor") -> PartitionSpec:
+    """How a tensor of `ExpertWeights` lies on a mesh: E and I along these axes, where it has them."""
+    names = {"E": expert_axis, "I": tensor_axis}
+    axes = (names.get(letter) for letter in SIZES[field])
+    return PartitionSpec(*(name if name in mesh.axis_names else None for name in axes))
 
 
 def default_device() -> jax.Device:

@@ -24,6 +24,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_online.config import MoEConfig
+from moe_online.errors import ConfigError
+from pallas_kernels import Activation
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -35,7 +37,11 @@ MoEFactory = Callable[..., nnx.Module]  # called as moe(config, rngs=rngs); the 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Everything static about a decoder; hashable, and JSON through `to_json` and `from_json`."""
+    """Everything static about a decoder; hashable, and JSON through `to_json` and `from_json`.
+
+    Raises:
+      ConfigError: sizes that do not fit together.
+    """
 
     vocab_size: int  # V
     hidden_size: int  # H
@@ -50,14 +56,14 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}: "
                 "each key head serves equally many query heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary embedding rotates pairs")
+            raise ConfigError(f"head_dim={self.head_dim} must be even: rotary embedding rotates pairs")
         if self.moe.hidden_size != self.hidden_size:
-            raise ValueError(
+            raise ConfigError(
                 f"moe.hidden_size={self.moe.hidden_size} must equal hidden_size={self.hidden_size}: "
                 "the experts read and write the residual stream"
             )
@@ -73,9 +79,13 @@ class DecoderConfig:
         """Builds the config that `to_json` wrote.
 
         Raises:
-          TypeError: a key is missing or unknown.
+          KeyError: there is no `moe`.
+          TypeError: another key is missing, or one is unknown.
+          ConfigError: a value is out of its range.
         """
         moe = {**values["moe"], "params_dtype": jnp.dtype(values["moe"]["params_dtype"])}
+        if isinstance(moe.get("activation"), dict):
+            moe["activation"] = Activation(**moe["activation"])
         return cls(**{**values, "moe": MoEConfig(**moe)})
 
 
@@ -274,7 +284,8 @@ class Decoder(nnx.Module):
           tokens: Token ids `[B, S]`; with a cache, those that follow the cached ones.
           cache: Keys and values of the tokens before, from `KVCache.empty` or an earlier call. Its size must hold
             them all: this is not checked, because the position is known only at run time.
-          last_only: Compute the logits of the last token only: `[B, 1, V]`.
+          last_only: Compute the logits of the last token only: `[B, 1, V]`. It decides a shape: under a `jit` that gets
+            it as an argument, name it in `static_argnames`.
 
         Returns:
           f32 logits `[B, S, V]`; with a cache, the logits and the cache that now includes `tokens`.

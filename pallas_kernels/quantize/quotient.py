@@ -1,9 +1,10 @@
 """The IEEE f32 quotient on every backend, jitted or not.
 
 XLA does not promise one: on CPU it turns a division by a broadcast value into a multiplication by the reciprocal, on
-GPU it emits an approximate divide. A weight's codes must be the same bits everywhere, so the quotient is corrected by
-one Newton step whose residual is exact: both factors are split into 12-bit halves, so no product rounds and a
-contraction into a fused multiply-add changes nothing.
+GPU it emits an approximate divide. A weight's codes must be the same bits everywhere, so the quotient is corrected
+twice: a Newton step brings it to one of the two nearest floats, and the residual of that one, compared with half a
+unit, says which. Residuals are exact: factors are split into 12-bit halves, so no product rounds and a contraction
+into a fused multiply-add changes nothing.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ def quotient(x: Float[Array, "*shape"], scale: Float[Array, "*#shape"]) -> Float
     m, n = (_from_bits((bits & _MANTISSA) | _ONE) for bits in (x_bits, s_bits))  # both in [1, 2)
     exponent = _exponent(x_bits) - _exponent(s_bits)
 
-    q = m / n  # within a few units in the last place, however the backend divides
-    (q_high, q_low), (n_high, n_low) = _halves(q), _halves(n)
-    residual = (((m - q_high * n_high) - q_high * n_low) - q_low * n_high) - q_low * n_low
-    q = q + residual / n
+    q = _divide(m, n)
+    q = q + _divide(_residual(m, n, q), n)  # a neighbour of the true quotient, which lies at most about half a unit off
+    unit = jnp.where(q < 1, np.float32(2**-24), np.float32(2**-23))
+    residual, half = _residual(m, n, q), n * (unit * np.float32(0.5))
+    step = (residual > half).astype(jnp.float32) - (residual < -half).astype(jnp.float32)  # a tie is impossible
+    q = q + step * unit
 
     # 2**exponent in two factors: the exponent alone may leave the range of a normal number.
     first = exponent // 2
@@ -48,6 +51,17 @@ def quotient(x: Float[Array, "*shape"], scale: Float[Array, "*#shape"]) -> Float
     q = _from_bits(lax.bitcast_convert_type(q, jnp.uint32) | (x_bits & _SIGN))
     q = jnp.where(jnp.abs(x) < np.finfo(np.float32).tiny, jnp.zeros_like(q), q)
     return jnp.where(jnp.isfinite(x) & jnp.isfinite(scale), q, jnp.full_like(q, jnp.nan))
+
+
+def _divide(m: jax.Array, n: jax.Array) -> jax.Array:
+    """The quotient within a few units in the last place, however the backend divides."""
+    return m / n
+
+
+def _residual(m: jax.Array, n: jax.Array, q: jax.Array) -> jax.Array:
+    """`m - q * n`, exact where `q` is within one unit of the quotient."""
+    (q_high, q_low), (n_high, n_low) = _halves(q), _halves(n)
+    return (((m - q_high * n_high) - q_high * n_low) - q_low * n_high) - q_low * n_low
 
 
 def _from_bits(bits: jax.Array) -> jax.Array:

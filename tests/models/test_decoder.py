@@ -10,7 +10,10 @@ import pytest
 from flax import nnx
 
 import tiny_decoder
+from moe_online.errors import ConfigError
+from moe_online.flax import MoE
 from moe_online.models.decoder import Decoder, DecoderConfig, KVCache, RMSNorm, rotate
+from pallas_kernels import Activation
 from tiny_decoder import CONFIG, forward, relative_l2
 
 F32_NOISE = 2e-6  # relative L2 between two orders of summation in f32, two layers deep: measured 2e-7 to 6e-7
@@ -80,6 +83,16 @@ def test_last_only_is_the_last_column():
     assert relative_l2(cached, last) < F32_NOISE
 
 
+def test_flax_transformations_call_it_directly():
+    model, tokens = tiny_decoder.decoder(), jnp.asarray(tiny_decoder.random_tokens(2, 9))
+    compiled = nnx.jit(lambda m, *args, last_only: m(*args, last_only=last_only), static_argnames="last_only")
+    expected = forward(model, tokens)[:, -1:]
+    assert relative_l2(compiled(model, tokens, last_only=True), expected) < F32_NOISE
+    logits, cache = compiled(model, tokens, empty_cache(2, 9), last_only=True)
+    assert relative_l2(logits, expected) < F32_NOISE
+    assert int(cache.position) == 9
+
+
 @pytest.mark.smoke
 def test_abstract_model_creates_no_array():
     count = tiny_decoder.num_live_arrays()
@@ -118,10 +131,30 @@ def test_the_factory_gets_the_moe_config_and_rngs():
     assert forward(model, tiny_decoder.random_tokens(1, 3)).shape == (1, 3, CONFIG.vocab_size)
 
 
+@pytest.mark.smoke
 def test_without_a_factory_the_layer_is_ours():
-    ours = pytest.importorskip("moe_online.flax", reason="moe_online.flax is not written yet")
     model = nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))
-    assert all(isinstance(layer.moe, ours.MoE) for layer in model.layers)
+    assert all(isinstance(layer.moe, MoE) for layer in model.layers)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_our_layer_computes_what_a_training_run_does():
+    trained, ours = tiny_decoder.decoder(), tiny_decoder.decoder(seed=1, moe=MoE)
+    state = nnx.to_pure_dict(nnx.state(trained))
+    for layer in state["layers"].values():
+        moe = layer["moe"]
+        layer["moe"] = {
+            "router": {"kernel": moe["router"]},
+            "experts": tiny_decoder.experts(moe["w_gate"], moe["w_up"], moe["w_down"]),
+        }
+    nnx.update(ours, state)
+    tokens = tiny_decoder.random_tokens(3, 16)
+    assert relative_l2(forward(ours, tokens), forward(trained, tokens)) < F32_NOISE
+    pieces, cache = [], empty_cache(3, 16)
+    for begin, end in ((0, 9), (9, 10), (10, 16)):
+        logits, cache = forward(ours, tokens[:, begin:end], cache)
+        pieces.append(logits)
+    assert relative_l2(jnp.concatenate(pieces, axis=1), forward(trained, tokens)) < F32_NOISE
 
 
 def test_tied_head_is_the_transposed_embedding():
@@ -171,8 +204,10 @@ def test_norm_works_in_f32():
 
 @pytest.mark.smoke
 def test_config_survives_json():
-    config = dataclasses.replace(CONFIG, rope_theta=1e6, tie_embeddings=True)
-    assert DecoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    act = Activation("silu", limit=7.0)
+    moe = dataclasses.replace(CONFIG.moe, activation=act, params_dtype=np.dtype(np.float32))
+    for config in (CONFIG, dataclasses.replace(CONFIG, rope_theta=1e6, tie_embeddings=True, moe=moe)):
+        assert DecoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert hash(config) != hash(CONFIG)
 
 
@@ -185,5 +220,5 @@ def test_config_survives_json():
     ],
 )
 def test_bad_sizes_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         dataclasses.replace(CONFIG, **changes)

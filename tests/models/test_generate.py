@@ -1,5 +1,7 @@
 """Generation: the tokens are those of the full forward pass, and nothing is compiled twice."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -7,7 +9,9 @@ import numpy as np
 import pytest
 
 import tiny_decoder
+from moe_online.flax import MoE
 from moe_online.models.generate import _pick, _prefill, _step, generate
+from pallas_kernels import quantize
 
 VOCAB = tiny_decoder.CONFIG.vocab_size
 PROMPTS = tiny_decoder.random_tokens(3, 5)
@@ -31,6 +35,16 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(model):
     found = generate(model, PROMPTS, max_new_tokens=12)
     assert (found.shape, found.dtype) == ((3, 12), jnp.int32)
     np.testing.assert_array_equal(found, greedy_without_cache(model, PROMPTS, 12))
+
+
+def test_a_quantized_model_generates_alike():
+    model = tiny_decoder.decoder(moe=MoE)
+    for layer in model.layers:
+        experts = layer.moe.experts.get_value()
+        w13, w2 = (quantize(w, "fp8_per_channel") for w in (experts.w13_weight, experts.w2_weight))
+        layer.moe.experts.set_value(dataclasses.replace(experts, w13_weight=w13, w2_weight=w2))
+    found = generate(model, PROMPTS, max_new_tokens=6)
+    np.testing.assert_array_equal(found, greedy_without_cache(model, PROMPTS, 6))
 
 
 def test_one_new_token(model):

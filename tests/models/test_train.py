@@ -18,6 +18,7 @@ from moe_online.evaluate import evaluate
 from moe_online.models.decoder import DecoderConfig
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
+SHIPPED = Path(train.__file__).parent / "python-moe-7m"
 TINY = dataclasses.replace(tiny_decoder.CONFIG, vocab_size=256)
 
 
@@ -32,6 +33,38 @@ def library(tmp_path):
 @pytest.fixture
 def trainer():
     return train.Trainer(config=TINY, batch=8, window=32, peak_lr=1e-2, warmup=5)
+
+
+def read(folder, config):
+    """The checkpoint in `folder`: the training state, by plain Orbax, and the model around its parameters."""
+    on_cpu = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_cpu),
+        ocp.metadata((folder / "checkpoint").absolute()).metadata,
+    )
+    state = ocp.load((folder / "checkpoint").absolute(), abstract)
+    state["params"]["layers"] = {int(i): layer for i, layer in state["params"]["layers"].items()}
+    model = train.build(config)
+    nnx.update(model, state["params"])
+    return state, model
+
+
+def test_the_shipped_checkpoint_knows_python():
+    assert DecoderConfig.from_json(json.loads((SHIPPED / "config.json").read_text())) == train.CONFIG
+    state, model = read(SHIPPED, train.CONFIG)
+    facts = json.loads((SHIPPED / "provenance.json").read_text())
+    assert int(state["step"]) == facts["steps"] == train.parse(["--out", "x"]).steps
+    text = np.frombuffer((SHIPPED / "heldout.txt").read_bytes(), np.uint8)
+    assert text.size == facts["data"]["sample_bytes"] >= 100_000
+
+    def bits_per_byte():
+        return evaluate(model, text[:8193], window=512, batch=8).bits_per_byte
+
+    found = bits_per_byte()
+    assert found < 1.5  # of a part of the text; provenance.json has the figure of all of it
+    for layer in model.layers:
+        layer.moe.w_down[...] = jnp.roll(layer.moe.w_down[...], 1, axis=0)
+    assert bits_per_byte() > 1.2 * found  # the experts know different things
 
 
 @pytest.mark.smoke
@@ -110,18 +143,10 @@ def test_a_whole_run(library, tmp_path, monkeypatch, capsys):
     assert f"{facts['heldout_bits_per_byte']} on all held-out files" in capsys.readouterr().out
     assert DecoderConfig.from_json(json.loads((out / "config.json").read_text())) == TINY
 
-    on_cpu = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_cpu),
-        ocp.metadata((out / "checkpoint").absolute()).metadata,
-    )
-    state = ocp.load((out / "checkpoint").absolute(), abstract)
+    state, model = read(out, TINY)
     assert int(state["step"]) == int(state["opt_state"]["count"]) == 3
-    assert state["params"]["layers"]["1"]["moe"]["w_down"].shape == (4, 48, 32)  # [E, I, H]
+    assert state["params"]["layers"][1]["moe"]["w_down"].shape == (4, 48, 32)  # [E, I, H]
     assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype(jnp.bfloat16)}
-    state["params"]["layers"] = {int(i): layer for i, layer in state["params"]["layers"].items()}
-    model = train.build(TINY)
-    nnx.update(model, state["params"])
     text = np.frombuffer((out / "heldout.txt").read_bytes(), np.uint8)
     found = evaluate(model, text[:500], window=32, batch=32).bits_per_byte
     assert found == pytest.approx(facts["sample_bits_per_byte"], abs=1e-4)

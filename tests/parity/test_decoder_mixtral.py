@@ -10,9 +10,10 @@ from flax import nnx
 import tiny_decoder
 from moe_online.assets.train import EinsumMoE
 from moe_online.config import MoEConfig
+from moe_online.flax import MoE
 from moe_online.models.decoder import Decoder, DecoderConfig
 from moe_online.models.generate import generate
-from tests.tolerance import assert_close
+from tolerance import assert_close
 
 pytestmark = pytest.mark.parity
 
@@ -66,6 +67,13 @@ def fill_einsum(moe, gate, up, down):
         parameter[...] = jnp.asarray(weight.swapaxes(1, 2))
 
 
+def fill_ours(moe, gate, up, down):
+    moe.experts.set_value(tiny_decoder.experts(*(jnp.asarray(w.swapaxes(1, 2)) for w in (gate, up, down))))
+
+
+LAYERS = {"training run": (EinsumMoE, fill_einsum), "ours": (MoE, fill_ours)}
+
+
 def convert(mixtral, moe, fill) -> Decoder:
     """Our decoder around the layer `moe`, with Mixtral's weights; `fill(layer, gate, up, down)` sets the experts'."""
     factory = functools.partial(moe, dtype=jnp.float32, param_dtype=jnp.float32)
@@ -85,16 +93,16 @@ def convert(mixtral, moe, fill) -> Decoder:
         put(layer.moe_norm.scale, f"{name}.post_attention_layernorm")
         for x in "qkvo":
             put(getattr(layer.attention, f"{x}_proj").kernel, f"{name}.self_attn.{x}_proj")
-        put(layer.moe.router, f"{name}.mlp.gate")
+        put(layer.moe.router.kernel if moe is MoE else layer.moe.router, f"{name}.mlp.gate")
         gate, up = np.split(weights.pop(f"{name}.mlp.experts.gate_up_proj"), 2, axis=1)
         fill(layer.moe, gate, up, weights.pop(f"{name}.mlp.experts.down_proj"))
     assert not weights, f"nothing took {list(weights)}"
     return model
 
 
-@pytest.fixture(scope="module")
-def decoder(mixtral):
-    return convert(mixtral, EinsumMoE, fill_einsum)
+@pytest.fixture(scope="module", params=LAYERS.values(), ids=LAYERS)
+def decoder(mixtral, request):
+    return convert(mixtral, *request.param)
 
 
 def reference_logits(mixtral, tokens):
@@ -109,12 +117,12 @@ def test_logits(mixtral, decoder):
     tolerance = {"batch": 1e-4, "worst_row": 1e-3}  # f32 noise; a token on the edge of two experts may stand out
     assert_close(tiny_decoder.forward(decoder, tokens), expected, **tolerance)
 
-    down = decoder.layers[1].moe.w_down
-    kept = down[...]
-    down[...] = kept[jnp.array([1, 0, *range(2, CONFIG.moe.num_experts)])]
+    query = decoder.layers[1].attention.q_proj.kernel
+    kept = query[...]
+    query[...] = jnp.roll(kept, CONFIG.head_dim, axis=1)  # the heads change places
     with pytest.raises(AssertionError, match="of the batch exceeds"):
         assert_close(tiny_decoder.forward(decoder, tokens), expected, **tolerance)
-    down[...] = kept
+    query[...] = kept
 
 
 def test_greedy_tokens_with_the_cache(mixtral, decoder):

@@ -10,6 +10,7 @@ from flax import nnx
 
 from moe_online.assets.train import EinsumMoE
 from moe_online.config import MoEConfig
+from moe_online.experts import ExpertWeights
 from moe_online.models.decoder import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(
@@ -28,6 +29,12 @@ def decoder(seed=0, *, dtype=jnp.float32, moe=EinsumMoE, **changes) -> Decoder:
     factory = functools.partial(moe, dtype=dtype, param_dtype=dtype)
     config = dataclasses.replace(CONFIG, **changes)
     return Decoder(config, moe=factory, rngs=nnx.Rngs(seed), dtype=dtype, param_dtype=dtype)
+
+
+def experts(gate, up, down) -> ExpertWeights:
+    """The `[E, K, N]` matrices of a training run as our layer holds them."""
+    w13 = jnp.stack([jnp.swapaxes(w, 1, 2) for w in (gate, up)], axis=1)
+    return ExpertWeights(w13_weight=w13, w2_weight=jnp.swapaxes(down, 1, 2), orig_dtype=w13.dtype)
 
 
 def forward(model, *args, last_only=False):

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import definition
 from pallas_kernels import Activation, get_activation
-from tests.pallas_kernels import definition
-from tests.tolerance import assert_close
+from tolerance import assert_close
 
 CASES = {
     "silu": (Activation("silu"), {}),
@@ -29,7 +29,6 @@ def problem():
     return (rng.normal(0, 4, (64, 96)).astype(np.float32) for _ in range(2))
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(("activation", "parameters"), CASES.values(), ids=CASES)
 def test_matches_definition(activation, parameters):
     gate, up = problem()

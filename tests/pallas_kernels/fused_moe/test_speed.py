@@ -1,11 +1,12 @@
 """The XLA reference serves CPU users: its speed beside one dense bf16 matmul of the same FLOPs, same process.
 
-Runs are interleaved and compared by medians. At T = 512 on two Zen 4 cores fused_moe reached 1.2 to 1.5 times the
-dense speed with jax 0.10.2 and 0.65 to 0.75 times with jax 0.11.2, whose dense matmul is twice as fast.
+Runs are interleaved and the fastest of each counts: what else the machine does only ever adds time. The dense matmul
+is the fastest of three forms, since which one XLA:CPU serves best changes with its version. At T = 512 on two busy
+Zen 4 cores fused_moe reached 0.6 times the dense speed with jax 0.10.2 and 0.7 times with jax 0.11.2.
 """
 
 import functools
-import statistics
+import math
 import time
 
 import jax
@@ -19,31 +20,46 @@ from pallas_kernels import fused_moe, grouped_matmul, quantize, route
 pytestmark = pytest.mark.timing
 
 T, E, TOP_K, H, WIDTH = 512, 8, 2, 1024, 2048
-RUNS = 9
+RUNS = 15
 FORMATS = ("int8_per_channel", "fp8_per_channel", "fp8_per_block")
 
 
-def medians(calls):
-    """Seconds of each call, the median of interleaved runs."""
-    seconds = {name: [] for name in calls}
+def fastest(calls):
+    """Seconds of each call, the least of interleaved runs."""
+    seconds = dict.fromkeys(calls, math.inf)
     for call in calls.values():
         jax.block_until_ready(call())
     for _ in range(RUNS):
         for name, call in calls.items():
             start = time.perf_counter()
             jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
 
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / shape[-1] ** 0.5, jnp.bfloat16)
 
 
-def dense(rows, columns, k):
-    """One bf16 matmul as `x @ w.T` would be."""
-    run = jax.jit(lambda a, b: lax.dot_general(a, b, (((1,), (1,)), ((), ()))))
-    return functools.partial(run, normal(0, rows, k), normal(1, columns, k))
+def share_of_dense(call, rows, columns, k):
+    """The speed of `call` in units of one bf16 matmul `x @ w.T`."""
+    x, w = normal(0, rows, k), normal(1, columns, k)
+
+    def dense(contracted, dtype):
+        return jax.jit(
+            lambda x, w: lax.dot_general(x, w, (((1,), (contracted,)), ((), ())), preferred_element_type=dtype)
+        )
+
+    seconds = fastest(
+        {
+            "call": call,
+            "x @ w.T": functools.partial(dense(1, jnp.bfloat16), x, w),
+            "x @ w.T in f32": functools.partial(dense(1, jnp.float32), x, w),
+            "x @ v": functools.partial(dense(0, jnp.bfloat16), x, jnp.array(w.T)),
+        }
+    )
+    print({name: f"{1e3 * s:.1f} ms" for name, s in seconds.items()})  # pytest shows it where the test fails
+    return min(s for name, s in seconds.items() if name != "call") / seconds["call"]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +71,7 @@ def problem():
 
 def test_fused_moe_reaches_40_percent_of_a_dense_matmul(problem):
     run = jax.jit(fused_moe)
-    seconds = medians({"moe": lambda: run(*problem), "dense": dense(T * TOP_K, 3 * WIDTH, H)})
-    assert seconds["dense"] / seconds["moe"] >= 0.4, seconds
+    assert share_of_dense(lambda: run(*problem), T * TOP_K, 3 * WIDTH, H) >= 0.4
 
 
 def test_grouped_matmul_reaches_40_percent_of_a_dense_matmul(problem):
@@ -64,8 +79,7 @@ def test_grouped_matmul_reaches_40_percent_of_a_dense_matmul(problem):
     rows, rhs = normal(4, T * TOP_K, H), w13.reshape(E, 2 * WIDTH, H)
     sizes = jnp.bincount(ids.reshape(-1), length=E).astype(jnp.int32)
     run = jax.jit(grouped_matmul)
-    seconds = medians({"grouped": lambda: run(rows, rhs, sizes), "dense": dense(T * TOP_K, 2 * WIDTH, H)})
-    assert seconds["dense"] / seconds["grouped"] >= 0.4, seconds
+    assert share_of_dense(lambda: run(rows, rhs, sizes), T * TOP_K, 2 * WIDTH, H) >= 0.4
 
 
 def test_weight_only_formats_cost_at_most_half_as_much_again(problem):
@@ -75,7 +89,7 @@ def test_weight_only_formats_cost_at_most_half_as_much_again(problem):
     for name in FORMATS:
         quantized = [jax.jit(lambda w, name=name: quantize(w, name))(w) for w in (w13, w2)]
         calls[name] = functools.partial(run, x, *quantized, weights, ids)
-    seconds = medians(calls)
+    seconds = fastest(calls)
     assert {name: s / seconds["bf16"] for name, s in seconds.items() if s > 1.5 * seconds["bf16"]} == {}
 
 
@@ -85,7 +99,7 @@ def test_a_decode_step_reads_only_the_experts_that_it_needs():
     x, weights = normal(3, 1, 512), jnp.full((1, 2), 0.5)
     all_experts = normal(3, 64, 512), jnp.full((64, 2), 0.5), jnp.arange(128, dtype=jnp.int32).reshape(64, 2) % 64
     run = jax.jit(fused_moe)
-    seconds = medians(
+    seconds = fastest(
         {
             "one token": lambda: run(x, w13, w2, weights, jnp.array([[5, 40]], jnp.int32)),
             "all experts": lambda: run(all_experts[0], w13, w2, *all_experts[1:]),

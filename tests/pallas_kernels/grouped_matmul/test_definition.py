@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import definition
 from pallas_kernels import Activation, QuantizedArray, grouped_matmul, make_group_metadata, quantize
 from pallas_kernels.grouped_matmul.reference import TILE_OVERHEAD, tile_sizes
-from tests.pallas_kernels import definition
-from tests.tolerance import assert_close
+from tolerance import assert_close
 
 GROUPS = {
     "even": (64,) * 4,
@@ -92,6 +92,17 @@ def test_dtypes_and_small_batches(m, weight, dtype):
     assert actual.dtype == dtype
     tolerance = {jnp.float32: EXACT, jnp.float16: {"batch": 4e-4, "worst_row": 6e-4}, jnp.bfloat16: ROUNDING}[dtype]
     assert_close(actual, expected, **tolerance)
+
+
+@pytest.mark.parametrize("weight", [None, "int8_per_channel", "fp8_per_block"])
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_a_quantized_left_side(activation, weight):
+    """The same bits as with `activation_format`; bf16 unless said otherwise."""
+    x, w = problem(m=40)
+    sizes, w = jnp.array((11, 0, 3, 20), jnp.int32), packed(w, weight)
+    actual = run(packed(x, activation), w, sizes)
+    assert actual.dtype == jnp.bfloat16
+    assert np.array_equal(actual, run(x, w, sizes, activation_format=activation))
 
 
 def test_operands_of_two_real_dtypes_are_not_rounded():

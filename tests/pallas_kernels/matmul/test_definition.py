@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import definition
 from pallas_kernels import UnsupportedError, matmul, quantize
-from tests.pallas_kernels import definition
-from tests.tolerance import assert_close
+from tolerance import assert_close
 
 
 def problem():
@@ -30,8 +30,7 @@ def test_matches_definition(weight, activation):
         assert_close(run(jnp.roll(x, 128, axis=1), bias), expected, batch=1e-1, worst_row=1e-1)
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("weight", [None, "int8_per_channel", "fp8_per_block"])
+@pytest.mark.parametrize("weight", [None, "int8_per_channel", pytest.param("fp8_per_block", marks=pytest.mark.smoke)])
 def test_gradient_of_x(weight):
     x, w, _ = problem()
     packed = w if weight is None else quantize(w, weight)

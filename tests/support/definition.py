@@ -1,87 +1,21 @@
-"""The oracle: formats, routing and the quantized MoE in numpy, float64 sums, loops over experts.
+"""The oracle: activations, routing and the quantized MoE in numpy, float64 sums, loops over experts.
 
-Written from the definitions alone; nothing of `pallas_kernels` computes anything here. Codes and scales are f32
-arithmetic as defined, everything after them is float64.
+Written from the definitions alone; nothing of `pallas_kernels` computes anything here. Codes and scales come from
+`numpy_quantizer`, everything after them is float64.
 """
 
 import math
 
-import ml_dtypes
 import numpy as np
 
-E4M3, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.bfloat16
-TINY = np.float32(2.0**-126)
-
-
-def e4m3(codes):
-    return np.clip(codes, -448, 448).astype(E4M3).astype(np.float32)
-
-
-def int8(codes):
-    return np.clip(np.rint(codes), -127, 127).astype(np.float32)
-
-
-def blocks(x, block_n, block_k):
-    """For every block of the last two axes: its index and its view; ragged ends are short."""
-    n, k = x.shape[-2:]
-    for i in range(0, n, block_n):
-        for j in range(0, k, block_k):
-            yield (..., slice(i, i + block_n), slice(j, j + block_k))
-
-
-def quantize(x, name):
-    """Dequantized values of `x` `[..., N, K]`, float64."""
-    x = np.asarray(x).astype(np.float32)
-    x = np.where(np.abs(x) < TINY, np.float32(0), x)
-    k = x.shape[-1]
-    sizes = {"fp8_per_block": (128, 128), "fp8_per_group": (1, 128)}
-    out = np.zeros(x.shape, np.float64)
-    for at in blocks(x, *sizes.get(name, (1, k))):
-        part = x[at]
-        amax = np.max(np.abs(part), axis=(-2, -1), keepdims=True)
-        codes, scale = CODES[name](part, amax)
-        out[at] = codes.astype(np.float64) * scale.astype(np.float64)
-    return out
-
-
-def _fp8_channel(x, amax):
-    scale = np.maximum(amax / np.float32(448), np.float32(1 / (448 * 512)))
-    return e4m3(x / scale), scale
-
-
-def _fp8_block(x, amax):
-    scale = np.maximum(amax, np.float32(1e-4)) / np.float32(448)
-    return e4m3(x * (np.float32(1) / scale)), scale
-
-
-def _fp8_group(x, amax):
-    scale = np.maximum(amax, np.float32(1e-10)) / np.float32(448)
-    return e4m3(x / scale), scale
-
-
-def _int8_channel(x, amax):
-    scale = np.where(amax == 0, np.float32(1), np.maximum(amax / np.float32(127), TINY))
-    return int8(x / scale), scale
-
-
-def _int8_token(x, amax):
-    amax = np.maximum(amax, np.float32(1e-10))
-    return int8(x * (np.float32(127) / amax)), amax / np.float32(127)
-
-
-CODES = {
-    "fp8_per_channel": _fp8_channel,
-    "fp8_per_token": _fp8_channel,
-    "fp8_per_block": _fp8_block,
-    "fp8_per_group": _fp8_group,
-    "int8_per_channel": _int8_channel,
-    "int8_per_token": _int8_token,
-}
+from numpy_quantizer import dequantize_numpy, quantize_numpy
 
 
 def real(x, name=None):
     """float64 values of `x`, quantized on the way where a format is named."""
-    return np.asarray(x).astype(np.float64) if name is None else quantize(x, name)
+    if name is None:
+        return np.asarray(x).astype(np.float64)
+    return dequantize_numpy(*quantize_numpy(x, name), name)
 
 
 def rounded(x, dtype):

@@ -1,0 +1,177 @@
+"""`load` and `plan`: the one call that users make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_online.config import OnlineQuantConfig
+from moe_online.errors import ConfigError
+from moe_online.experts import default_sharding, expert_spec
+from moe_online.loading import stream
+from moe_online.loading.mapping import assign
+from moe_online.loading.orbax import OrbaxSource
+from moe_online.loading.plan import LoadPlan, Target, choose_specs, make_plan
+from moe_online.loading.report import LoadReport
+from moe_online.loading.source import CheckpointSource, MemorySource, Prefixed
+from moe_online.loading.tree import AbstractTree, Leaf, flatten
+from moe_online.schemes import QuantSpec
+
+UNIT_BYTES = 256 * 2**20
+
+Quantization = str | Mapping[str, Any] | OnlineQuantConfig | QuantSpec
+Source = Any  # a path, a pytree of arrays or a CheckpointSource
+
+
+class LoadResult(NamedTuple):
+    """The loaded model or tree, and the report."""
+
+    params: Any
+    report: LoadReport
+
+
+def load(
+    abstract: Any,
+    source: Source,
+    *,
+    quantization: Quantization | None = None,
+    mapping: Mapping[str, str] | None = None,
+    prefix: str | None = None,
+    unexpected: str | Sequence[str] = "error",
+    mesh: Mesh | None = None,
+    unit_bytes: int = UNIT_BYTES,
+    memory_limit: int | None = None,
+    prefetch: int = 1,
+    progress: bool = True,
+) -> LoadResult:
+    """Streams a checkpoint into a declared model and quantizes its experts on the way.
+
+    Units (a tensor, or a range of its experts) are read one after the other; while one is quantized the next are read,
+    and each source is freed at once. Peak device memory is the finished parameters so far, `1 + prefetch` units, and
+    64 MiB at most for one chunk in f32. Any error leaves nothing half loaded: there is no result.
+
+    Args:
+      abstract: What to load, declared: an nnx module made inside `nnx.eval_shape`, or any pytree of
+        `ShapeDtypeStruct`s. Leaves go where their sharding says.
+      source: A path of an Orbax checkpoint, a pytree of numpy or `jax.Array`s, or a `CheckpointSource`.
+      quantization: A shorthand such as `"fp8_per_block"`, an `OnlineQuantConfig`, its dict, or a `QuantSpec` for all
+        experts. None loads everything as declared. Weights are quantized from the dtype that is stored.
+      mapping: Names and axes of stored tensors where they are not those of the model; see
+        `moe_online.loading.mapping`.
+      prefix: Reads only what is below this name: a subtree such as `"params"`, a step or an item.
+      unexpected: What stored tensors that the model does not ask for are: `"error"`, `"ignore"`, or patterns of those
+        that may be left.
+      mesh: Places leaves that have no sharding: experts over its axes `expert` and `tensor`, the rest on every device.
+      unit_bytes: Most source bytes per unit; one expert (or row) is the least.
+      memory_limit: Device bytes that the planned peak may reach.
+      prefetch: Units read ahead.
+      progress: Shows a progress bar.
+
+    Returns:
+      `params`, shaped like `abstract` (an nnx module for an nnx module), and `report`.
+
+    Raises:
+      ConfigError: a scheme, mapping or declaration that cannot be served, or reaches nothing.
+      CheckpointNotFound: nothing at the path.
+      CheckpointError: no Orbax checkpoint there.
+      MissingWeights: the source lacks tensors of the model.
+      UnexpectedWeights: the source has tensors that the model does not ask for.
+      ShapeMismatch: a tensor has another shape.
+      DtypeMismatch: a tensor has a dtype that cannot become the model's.
+      CorruptCheckpoint: stored bytes cannot be decoded.
+      NonFiniteWeight: a weight holds NaN or an infinity.
+      MemoryBudgetError: the planned peak is above `memory_limit`.
+
+    >>> import jax, numpy as np
+    >>> tree = {"w": np.ones((4, 8), np.float32)}
+    >>> params, report = load({"w": jax.ShapeDtypeStruct((4, 8), "bfloat16")}, tree, progress=False)
+    >>> params["w"].dtype.name, report.read_bytes
+    ('bfloat16', 128)
+    """
+    tree, opened, made = _prepare(
+        abstract, source, quantization, mapping, prefix, unexpected, mesh, unit_bytes, memory_limit, prefetch
+    )
+    arrays, report = stream.run(made, opened, progress=progress)
+    formats = {
+        target.leaf.layer: target.spec.activation
+        for target in made.targets
+        if target.spec is not None and target.leaf.layer is not None
+    }
+    return LoadResult(tree.rebuild(arrays, formats), report)
+
+
+def plan(
+    abstract: Any,
+    source: Source,
+    *,
+    quantization: Quantization | None = None,
+    mapping: Mapping[str, str] | None = None,
+    prefix: str | None = None,
+    unexpected: str | Sequence[str] = "error",
+    mesh: Mesh | None = None,
+    unit_bytes: int = UNIT_BYTES,
+    memory_limit: int | None = None,
+    prefetch: int = 1,
+) -> LoadPlan:
+    """What `load` with the same arguments would do; reads metadata only and raises what can be known from it."""
+    return _prepare(
+        abstract, source, quantization, mapping, prefix, unexpected, mesh, unit_bytes, memory_limit, prefetch
+    )[2]
+
+
+def open_source(source: Source, *, prefix: str | None = None) -> CheckpointSource:
+    """Recognises what `source` is.
+
+    Raises:
+      ConfigError: a pytree with leaves that are no arrays, or a prefix that names nothing.
+      CheckpointError: a path that is no checkpoint.
+    """
+    if isinstance(source, str | os.PathLike):
+        return OrbaxSource(source, prefix=prefix)
+    opened = source if isinstance(source, CheckpointSource) else MemorySource(source)
+    return opened if prefix is None else Prefixed(opened, prefix)
+
+
+def _prepare(
+    abstract: Any,
+    source: Source,
+    quantization: Quantization | None,
+    mapping: Mapping[str, str] | None,
+    prefix: str | None,
+    unexpected: str | Sequence[str],
+    mesh: Mesh | None,
+    unit_bytes: int,
+    memory_limit: int | None,
+    prefetch: int,
+) -> tuple[AbstractTree, CheckpointSource, LoadPlan]:
+    if unit_bytes < 1 or prefetch < 0:
+        raise ConfigError(f"{unit_bytes=} must be at least 1 and {prefetch=} at least 0")
+    config = _config(quantization)
+    tree = flatten(abstract)
+    opened = open_source(source, prefix=prefix)
+    parts = assign(tree.leaves, opened.tensors, mapping or {}, unexpected, opened.description)
+    specs = choose_specs(tree.leaves, parts, config)
+    targets = [
+        Target(leaf=leaf, parts=parts[leaf.name], sharding=_sharding(leaf, mesh), spec=spec, rule=rule)
+        for leaf, (spec, rule) in ((leaf, specs[leaf.name]) for leaf in tree.leaves)
+    ]
+    made = make_plan(opened.description, targets, unit_bytes=unit_bytes, memory_limit=memory_limit, prefetch=prefetch)
+    return tree, opened, made
+
+
+def _config(quantization: Quantization | None) -> OnlineQuantConfig | None:
+    if quantization is None:
+        return None
+    if isinstance(quantization, QuantSpec):
+        return OnlineQuantConfig(moe=quantization)
+    return OnlineQuantConfig.parse(quantization)
+
+
+def _sharding(leaf: Leaf, mesh: Mesh | None) -> Any:
+    if mesh is None or leaf.aval.sharding is not None:
+        return default_sharding(leaf.aval)
+    spec = PartitionSpec() if leaf.field is None else expert_spec(leaf.field, mesh)
+    return NamedSharding(mesh, spec)

@@ -1,0 +1,191 @@
+"""Which stored tensor becomes which leaf: the rules of `mapping=`.
+
+A mapping goes from the names of stored tensors to what they are::
+
+    {
+        "*.w_gate": "E K N -> *.experts.w13_weight.gate",  # its axes, and the leaf that it becomes
+        "*.w_up": "E K N -> *.experts.w13_weight.up",
+        "*.w_down": "E K N -> *.experts.w2_weight",
+        "*.router": "-> *.router.kernel",  # another name, nothing else
+        "*.experts.w13": "E N K",  # the same name; the axes say that these are experts
+    }
+
+Each `*` on the right stands for what the `*` in the same place on the left matched. Axes describe the stored tensor:
+E expert, S gate or up, N output, K contraction. Leaves have them in the order E S N K.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+
+from moe_online.errors import ConfigError, MissingWeights, UnexpectedWeights
+from moe_online.loading.messages import listed
+from moe_online.loading.source import StoredTensor
+from moe_online.loading.tree import HALVES, Leaf
+
+AXES = "ESNK"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One line of a mapping, parsed."""
+
+    pattern: str
+    axes: str | None  # letters, in the order in which they are stored
+    target: str | None  # None: the same name
+
+    @functools.cached_property
+    def regex(self) -> re.Pattern[str]:
+        """Matches whole names; one group for each `*`."""
+        return re.compile("(.*)".join(re.escape(piece) for piece in self.pattern.split("*")))
+
+    def apply(self, name: str) -> str | None:
+        """The leaf that the stored tensor of this name becomes; None where the rule is about others."""
+        match = self.regex.fullmatch(name)
+        if match is None:
+            return None
+        if self.target is None:
+            return name
+        pieces = self.target.split("*")
+        captured = [*match.groups(), *[""] * len(pieces)]
+        return "".join(part for pair in zip(pieces, captured, strict=False) for part in pair)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A stored tensor that becomes a leaf, or the gate or up half of one."""
+
+    stored: StoredTensor
+    axes: str | None  # as stored; None: those of the leaf
+    half: int | None = None  # 0 gate, 1 up
+
+
+def parse_rule(pattern: str, text: str) -> Rule:
+    """Reads one line of a mapping.
+
+    Raises:
+      ConfigError: it says nothing, names an unknown or repeated axis, or has more `*` on the right than on the left.
+    """
+    axes_text, arrow, target = (part.strip() for part in text.partition("->"))
+    axes = axes_text.replace(" ", "")
+    if (arrow and not target) or not (axes or target):
+        raise ConfigError(f"mapping rule {pattern!r}: {text!r} must be 'AXES', '-> TARGET' or 'AXES -> TARGET'")
+    if set(axes) - set(AXES) or len(set(axes)) != len(axes):
+        raise ConfigError(
+            f"mapping rule {pattern!r}: axes {axes_text!r} must be distinct letters of {' '.join(AXES)}: "
+            "expert, gate/up, output, contraction"
+        )
+    if target.count("*") > pattern.count("*"):
+        raise ConfigError(f"mapping rule {pattern!r}: {target!r} has more * than the pattern, so some match nothing")
+    return Rule(pattern=pattern, axes=axes or None, target=target or None)
+
+
+def assign(
+    leaves: Sequence[Leaf],
+    tensors: Mapping[str, StoredTensor],
+    mapping: Mapping[str, str],
+    unexpected: str | Sequence[str],
+    where: str,
+) -> dict[str, tuple[Part, ...]]:
+    """Finds the stored tensors of each leaf.
+
+    Returns:
+      For each leaf one part, or two: gate and up.
+
+    Raises:
+      ConfigError: a rule that is malformed or matches nothing, two rules for one tensor, two tensors for one leaf.
+      UnexpectedWeights: a stored tensor that no leaf asks for, unless `unexpected` allows it.
+      MissingWeights: a leaf, or a half of one, that no stored tensor fills.
+    """
+    rules = [parse_rule(pattern, text) for pattern, text in mapping.items()]
+    by_name = {leaf.name: leaf for leaf in leaves}
+    found: dict[str, list[Part]] = {leaf.name: [] for leaf in leaves}
+    used, surplus = set(), []
+    for name, stored in tensors.items():
+        rule = _rule_for(name, rules)
+        used.add(rule)
+        target = name if rule is None else rule.apply(name)
+        assert target is not None  # _rule_for took a rule that matches
+        owner, half = _owner(target, by_name)
+        if owner is None:
+            surplus.append(name if target == name else f"{name} (mapped to {target})")
+        else:
+            found[owner].append(Part(stored=stored, axes=None if rule is None else rule.axes, half=half))
+    unused = [rule.pattern for rule in rules if rule not in used]
+    if unused:
+        raise ConfigError(f"mapping rules match no tensor of {where}: {', '.join(unused)}; {_some_names(tensors)}")
+    _check_missing(found, by_name, tensors, where)
+    _check_surplus(surplus, unexpected, where)
+    return {name: tuple(sorted(parts, key=lambda part: part.half or 0)) for name, parts in found.items()}
+
+
+def _rule_for(name: str, rules: Sequence[Rule]) -> Rule | None:
+    """The rule for a stored tensor: an exact name wins over patterns, of which only one may match."""
+    matching = [rule for rule in rules if rule.regex.fullmatch(name)]
+    exact = [rule for rule in matching if rule.pattern == name]
+    chosen = exact or matching
+    if len(chosen) > 1:
+        patterns = ", ".join(repr(rule.pattern) for rule in chosen)
+        raise ConfigError(f"several mapping rules match {name}: {patterns}; make them exclusive")
+    return chosen[0] if chosen else None
+
+
+def _owner(target: str, leaves: Mapping[str, Leaf]) -> tuple[str | None, int | None]:
+    """The leaf of this name, or the leaf of which this is the gate or up half."""
+    if target in leaves:
+        return target, None
+    base, _, half = target.rpartition(".")
+    if half in HALVES and base in leaves and "S" in (leaves[base].axes or ""):
+        return base, HALVES.index(half)
+    return None, None
+
+
+def _check_missing(
+    found: Mapping[str, Sequence[Part]], leaves: Mapping[str, Leaf], tensors: Mapping[str, StoredTensor], where: str
+) -> None:
+    missing = []
+    for name, parts in found.items():
+        halves = [part.half for part in parts]
+        if sorted(str(half) for half in halves) not in ([], ["None"], ["0"], ["1"], ["0", "1"]):
+            names = ", ".join(part.stored.name for part in parts)
+            raise ConfigError(f"several tensors of {where} become {name}: {names}; change the mapping")
+        if not halves:
+            missing.append(name)
+        elif halves != [None]:
+            missing += [f"{name}.{half}" for i, half in enumerate(HALVES) if i not in halves]
+    if missing:
+        raise MissingWeights(
+            f"{where} lacks {listed(missing, 'tensor')} of the model. {_remedy(missing, leaves, tensors)}",
+            names=missing,
+        )
+
+
+def _remedy(missing: Sequence[str], leaves: Mapping[str, Leaf], tensors: Mapping[str, StoredTensor]) -> str:
+    for prefix in dict.fromkeys(name.partition(".")[0] for name in tensors):
+        if any(f"{prefix}.{name}" in tensors for name in missing):
+            return f"They are there below {prefix!r}: give prefix={prefix!r}."
+    if any(name in leaves and leaves[name].layer is not None for name in missing):
+        return f"Where the checkpoint has them by other names, give mapping={{...}}; {_some_names(tensors)}."
+    return f"Give the checkpoint that belongs to this model, or mapping={{...}}; {_some_names(tensors)}."
+
+
+def _some_names(tensors: Mapping[str, StoredTensor]) -> str:
+    return f"it has {listed([f'{t.name} {t.shape}' for t in tensors.values()], 'tensor')}"
+
+
+def _check_surplus(surplus: Sequence[str], unexpected: str | Sequence[str], where: str) -> None:
+    if unexpected == "ignore":
+        return
+    allowed = [] if unexpected == "error" else [unexpected] if isinstance(unexpected, str) else unexpected
+    allow = [Rule(pattern=pattern, axes=None, target=None).regex for pattern in allowed]
+    left = [name for name in surplus if not any(regex.fullmatch(name.partition(" ")[0]) for regex in allow)]
+    if left:
+        raise UnexpectedWeights(
+            f"{where} has {listed(left, 'tensor')} that the model does not ask for. Give mapping={{...}} where they "
+            'belong somewhere, unexpected=["pattern", ...] or unexpected="ignore" to leave them unread, or prefix=... '
+            "to read a part of the checkpoint.",
+            names=left,
+        )

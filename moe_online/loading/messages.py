@@ -1,0 +1,22 @@
+"""How messages speak of many tensors and of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+SHOWN = 20  # names in a message; an error's `names` holds all
+
+
+def listed(names: Sequence[str], noun: str) -> str:
+    """`"2 tensors (a, b)"`; long lists are cut, with the number of those left out."""
+    left_out = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"{len(names)} {noun}{'s' * (len(names) != 1)} ({', '.join(names[:SHOWN])}{left_out})"
+
+
+def human_bytes(size: float) -> str:
+    """`"14.4 MB"`: powers of ten, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

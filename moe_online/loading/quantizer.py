@@ -1,0 +1,236 @@
+"""The functions that turn one unit of source into a part of a finished leaf, compiled once per signature.
+
+They write into preallocated, donated outputs. Experts and chunks of rows are visited one after the other, so what lives
+in f32 is one chunk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels import Format, QuantizedArray, quantize
+from pallas_kernels.grouped_matmul.product import storage_bits, take
+
+CHUNK_ELEMENTS = 2**21  # worked on at once: 8 MiB in f32
+COPIES = 4  # of a chunk in f32 that a compiled program may hold
+SMALL_TEMPORARIES = 2**16  # what it takes beside: sums, flags
+
+
+def chunk_rows(shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
+    """How much of a leaf `[rows, ..., N, K]` is worked on at once: rows of axis 0, rows of N (whole blocks).
+
+    About `CHUNK_ELEMENTS`; one row of N is the least.
+    """
+    *_, n, k = (1, 1, *shape)
+    row = math.prod(shape[1:])
+    if fmt is None and row <= CHUNK_ELEMENTS:
+        return max(1, min(math.prod(shape[:1]), CHUNK_ELEMENTS // max(row, 1))), n
+    block = (fmt and fmt.block[0]) or 1
+    return 1, min(n, max(1, CHUNK_ELEMENTS // (k * block)) * block)
+
+
+def temporary_bytes(shape: tuple[int, ...], fmt: Format | None) -> int:
+    """Device memory that a step may take beside source and output: at most 64 MiB up to K = 32768."""
+    rows, n = chunk_rows(shape, fmt)
+    width = math.prod(shape[-1:])
+    if fmt is None:
+        width = math.prod(shape[1:]) // (shape[-2] if len(shape) > 2 else n)
+    return rows * n * width * 4 * COPIES + SMALL_TEMPORARIES
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stats:
+    """What a unit's step finds out."""
+
+    finite: Any  # bool [parts]
+    error: Any  # f32 [rows]: sum of squares of what quantization changed, per row of axis 0
+    norm: Any  # f32 [rows]: sum of squares of the source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartLayout:
+    """How a part lies in memory."""
+
+    permutation: tuple[int, ...]  # for each axis of the leaf (less S, for a half) the stored axis
+    half: int | None
+
+    def take(self, part: Array, starts: Sequence[Array | int], sizes: Sequence[int]) -> Array:
+        """A region of a part, in the leaf's order of axes: so many elements from these starts on."""
+        stored_starts, stored_sizes = [jnp.int32(0)] * part.ndim, [1] * part.ndim
+        for axis, start, size in zip(self.permutation, starts, sizes, strict=True):
+            stored_starts[axis], stored_sizes[axis] = jnp.asarray(start, jnp.int32), size
+        return jnp.transpose(take(part, tuple(stored_starts), tuple(stored_sizes)), self.permutation)
+
+
+def quantize_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., tuple[QuantizedArray, Stats]]:
+    """The step `(out, parts, start) -> (out, stats)` of a leaf `[E, (2,) N, K]` that is quantized as `fmt`."""
+
+    def step(out: QuantizedArray, parts: Sequence[Array], start: Array) -> tuple[QuantizedArray, Stats]:
+        zeros = jnp.zeros((_rows(parts, layouts),), jnp.float32)
+        carry: Any = out.values, out.scales, zeros, zeros
+        finite = []
+        for part, layout in zip(parts, layouts, strict=True):
+            highest = jnp.float32(0)
+            for half in (layout.half,) if layout.half is not None or out.ndim == 3 else range(out.shape[1]):
+                carry, top = _quantize_half(carry, part, layout, start, half, fmt=fmt, shape=out.shape)
+                highest = jnp.maximum(highest, top)
+            finite.append(jnp.isfinite(highest))
+        values, scales, error, norm = carry
+        stats = Stats(finite=jnp.stack(finite), error=error, norm=norm)
+        return QuantizedArray(values=values, scales=scales, format=fmt), stats
+
+    return step
+
+
+def _quantize_half(
+    carry: Any, part: Array, layout: PartLayout, start: Array, half: int | None, *, fmt: Format, shape: tuple[int, ...]
+) -> tuple[Any, Array]:
+    """Quantizes the matrices `[N, K]` of all experts of a part, or of one half of it; returns the largest magnitude."""
+    n, k = shape[-2:]
+    lead = () if half is None else (half,)
+    in_part = lead if layout.half is None else ()
+
+    def chunk(expert: Array, row: Array, rows: int, carry: Any) -> Any:
+        (values, scales, error, norm), highest = carry
+        x = layout.take(part, (expert, *in_part, row, 0), (1, *(1 for _ in in_part), rows, k))
+        x = x.reshape(rows, k).astype(jnp.float32)
+        q = quantize(x, fmt)
+        values = _update(values, q.values, (start + expert, *lead, row, 0))
+        scales = _update(scales, q.scales, (start + expert, *lead, 0, row // (fmt.block[0] or n)))
+        error = error.at[expert].add(jnp.sum(jnp.square(q.dequantize(jnp.float32) - x)))
+        norm = norm.at[expert].add(jnp.sum(jnp.square(x)))
+        return (values, scales, error, norm), jnp.maximum(highest, jnp.max(jnp.abs(x)))  # NaN stays NaN
+
+    def one_expert(expert: Array, _: int, carry: Any) -> Any:
+        return _for_chunks(n, chunk_rows(shape, fmt)[1], lambda *args: chunk(expert, *args), carry)
+
+    result: tuple[Any, Array] = _for_chunks(part.shape[layout.permutation[0]], 1, one_expert, (carry, jnp.float32(0)))
+    return result
+
+
+def copy_step(stored: jax.ShapeDtypeStruct, layouts: Sequence[PartLayout]) -> Callable[..., tuple[Array, Stats]]:
+    """The step `(out, parts, start) -> (out, stats)` of a leaf that is stored as it is declared."""
+    per_chunk, n_per_chunk = chunk_rows(stored.shape, None)
+
+    def copy_part(out: Array, part: Array, layout: PartLayout, start: Array) -> tuple[Array, Array]:
+        lead = () if layout.half is None else (layout.half,)
+        *inner, n = stored.shape[1 + len(lead) : -1] or (1,)
+
+        def chunk(first: Array, rows: int, row: Array, n_rows: int, carry: Any) -> Any:
+            out, highest = carry
+            middle, sizes = ((0,) * len(inner), (*inner, n_rows)) if out.ndim > 2 else ((), ())
+            at = (first, *middle, *((row,) if sizes else ()), *((0,) if out.ndim > 1 else ()))
+            x = layout.take(part, at, (rows, *sizes, *stored.shape[-1:][: out.ndim - 1])).astype(out.dtype)
+            out = _update(out, x[:, None] if lead else x, (start + first, *lead, *at[1:]))
+            return out, jnp.maximum(highest, _highest(x))
+
+        def some_rows(first: Array, rows: int, carry: Any) -> Any:
+            return _for_chunks(n, n_per_chunk, lambda *args: chunk(first, rows, *args), carry)
+
+        size = part.shape[layout.permutation[0]]
+        result: tuple[Array, Array] = _for_chunks(size, min(per_chunk, size), some_rows, (out, jnp.float32(0)))
+        return result
+
+    def step(out: Array, parts: Sequence[Array], start: Array) -> tuple[Array, Stats]:
+        finite = []
+        for part, layout in zip(parts, layouts, strict=True):
+            if part.ndim == 0:
+                out, highest = part.astype(out.dtype), _highest(part)
+            else:
+                out, highest = copy_part(out, part, layout, start)
+            finite.append(jnp.isfinite(highest))
+        zeros = jnp.zeros((_rows(parts, layouts),), jnp.float32)
+        return out, Stats(finite=jnp.stack(finite), error=zeros, norm=zeros)
+
+    return step
+
+
+def _for_chunks(total: int, size: int, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
+    """`carry = body(start, size, carry)` for chunk after chunk of `[0, total)`; the last may be smaller."""
+    whole, rest = divmod(total, size)
+    carry = lax.fori_loop(0, whole, lambda i, carry: body(i * size, size, carry), carry)
+    return body(jnp.int32(whole * size), rest, carry) if rest else carry
+
+
+def _update(out: Array, new: Array, at: Sequence[Array | int]) -> Array:
+    """Writes `new`, whose leading axes of size 1 may be left out, at this place.
+
+    As bits: XLA:CPU writes small floats twenty times slower. Reinterpreted here, inside of the loop, it costs nothing;
+    outside it would copy all of `out`.
+    """
+    new = new.reshape(*(1,) * (out.ndim - new.ndim), *new.shape)
+    bits = storage_bits(out.dtype)
+    old, new = (x if x.dtype == bits else lax.bitcast_convert_type(x, bits) for x in (out, new))
+    updated: Array = lax.dynamic_update_slice(old, new, [jnp.asarray(start, jnp.int32) for start in at])
+    if bits != out.dtype:
+        updated = lax.bitcast_convert_type(updated, out.dtype)
+    return updated
+
+
+def _highest(x: Array) -> Array:
+    """Largest magnitude in f32, NaN if there is one; 0 for what is not real."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.float32(0)
+    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+
+
+def _rows(parts: Sequence[Array], layouts: Sequence[PartLayout]) -> int:
+    return parts[0].shape[layouts[0].permutation[0]] if parts[0].ndim else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A step ready to run."""
+
+    call: Callable[..., tuple[Any, Stats]]
+    temporary_bytes: int  # 0 where the backend does not tell
+
+
+class StepCache:
+    """Compiles each step once per signature: format, layouts, shapes, dtypes, shardings."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, Compiled] = {}
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def get(self, stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.Array]) -> Compiled:
+        """The step for a finished leaf like `stored` and parts like these."""
+        key = (
+            tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(stored)),
+            stored.format if isinstance(stored, QuantizedArray) else None,
+            layouts,
+            tuple((part.shape, part.dtype, part.sharding) for part in parts),
+        )
+        if key not in self._compiled:
+            self._compiled[key] = _compile(stored, layouts, parts)
+        return self._compiled[key]
+
+
+def _compile(stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.Array]) -> Compiled:
+    if isinstance(stored, QuantizedArray):
+        step: Any = quantize_step(stored.format, layouts)
+    else:
+        step = copy_step(stored, layouts)
+    avals = [jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=part.sharding) for part in parts]
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, stored)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    compiled = jitted.lower(stored, avals, jax.ShapeDtypeStruct((), np.int32)).compile()
+    analysis = compiled.memory_analysis()
+    return Compiled(compiled, 0 if analysis is None else analysis.temp_size_in_bytes)
+
+
+def allocate(stored: Any) -> Any:
+    """Zeros in the shape, dtype and sharding of `stored`, for steps to write into."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), stored)

@@ -1,0 +1,96 @@
+"""What a load did: a table for people, JSON for machines, a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from moe_online.loading.messages import human_bytes
+from moe_online.loading.plan import group_by_pattern
+
+COLORS = ("#999999", "#3b7dd8", "#d8833b", "#e8c9a8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorReport:
+    """One loaded leaf."""
+
+    name: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]  # logical
+    scheme: str
+    rule: str  # what chose the scheme
+    source_bytes: int
+    stored_bytes: int
+    error: float | None  # relative L2 of what quantization changed; None: not quantized
+    worst_expert_error: float | None
+    seconds: float  # device time of its units, reading left out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadReport:
+    """What was read, what is kept, and the peak between. Prints as a table."""
+
+    source: str
+    tensors: tuple[TensorReport, ...]
+    read_bytes: int
+    resident_bytes: int
+    planned_peak_bytes: int
+    peak_bytes: int  # measured
+    planned_host_peak_bytes: int
+    host_peak_bytes: int  # measured: growth of the process's resident memory
+    compiled_steps: int  # distinct functions; all layers of one shape share theirs
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The same facts for machines."""
+        return dataclasses.asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        caption = (
+            f"read {human_bytes(self.read_bytes)}, kept {human_bytes(self.resident_bytes)} in {self.seconds:.2f} s; "
+            f"peak on the device {human_bytes(self.peak_bytes)} (planned {human_bytes(self.planned_peak_bytes)})"
+        )
+        table = Table(title=self.source, title_justify="left", caption=caption, caption_justify="left")
+        table.add_column("tensors", overflow="fold")
+        for column in ("read", "stored"):
+            table.add_column(column, justify="right")
+        table.add_column("scheme")
+        table.add_column("chosen by")
+        for column in ("error", "worst expert"):
+            table.add_column(column, justify="right")
+        for name, group in group_by_pattern(self.tensors):
+            read, stored = sum(t.source_bytes for t in group), sum(t.stored_bytes for t in group)
+            errors = [_percent(max((getattr(t, key) or 0.0) for t in group)) for key in ("error", "worst_expert_error")]
+            if group[0].error is None:
+                errors = ["", ""]
+            first = group[0]
+            table.add_row(name, human_bytes(read), human_bytes(stored), first.scheme, first.rule, *errors)
+        yield table
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws bytes read, kept and at the peak into an image file; needs the extra `plot`."""
+        from matplotlib.figure import Figure  # optional
+
+        bars = {
+            "read": self.read_bytes,
+            "kept": self.resident_bytes,
+            "peak": self.peak_bytes,
+            "planned peak": self.planned_peak_bytes,
+        }
+        figure = Figure(figsize=(6, 2.4), layout="constrained")
+        axes = figure.subplots()
+        drawn = axes.barh(list(bars), [size / 1e6 for size in bars.values()], color=COLORS)
+        axes.bar_label(drawn, labels=[human_bytes(size) for size in bars.values()], padding=3)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set(xlabel="MB", title=f"Loading {os.path.basename(self.source) or self.source}")
+        figure.savefig(path, dpi=110)
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2f} %"

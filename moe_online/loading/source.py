@@ -1,0 +1,119 @@
+"""Where weights come from: the protocol, and trees in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_online.errors import ConfigError
+from moe_online.loading.tree import path_name
+
+Index = tuple[slice, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """What is known of a stored tensor before it is read."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunk: tuple[int, ...]  # the smallest part that can be read alone
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the decoded tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+@runtime_checkable
+class CheckpointSource(Protocol):
+    """Anything that can list its tensors and read parts of them. `read` is called from one thread at a time."""
+
+    @property
+    def description(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by name, from metadata alone."""
+        ...
+
+    def read(self, name: str, index: Index) -> np.ndarray | jax.Array:
+        """A part of a tensor, in memory of its own.
+
+        Raises:
+          CorruptCheckpoint: the stored bytes cannot be decoded.
+        """
+        ...
+
+
+class MemorySource:
+    """A pytree of numpy or `jax.Array`s, such as a trainer's live weights; they are copied part by part."""
+
+    description = "the tree in memory"
+
+    def __init__(self, tree: Any):
+        flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+        self._arrays = {path_name(path): leaf for path, leaf in flat}
+        wrong = [name for name, leaf in self._arrays.items() if not isinstance(leaf, np.ndarray | jax.Array)]
+        if wrong or not flat:
+            found = ", ".join(f"{name or 'the source'} is {type(self._arrays[name]).__name__}" for name in wrong)
+            raise ConfigError(
+                f"a source is a path, a CheckpointSource or a pytree of arrays; {found or 'this tree has no leaf'}"
+            )
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every leaf by its path."""
+        return {
+            name: StoredTensor(name=name, shape=array.shape, dtype=np.dtype(array.dtype), chunk=(1,) * array.ndim)
+            for name, array in self._arrays.items()
+        }
+
+    def read(self, name: str, index: Index) -> np.ndarray | jax.Array:
+        """A copy of a part: deleting it, or changing the original, leaves the other alone."""
+        array = self._arrays[name]
+        if isinstance(array, np.ndarray):
+            return array[index].copy()
+        starts, sizes = zip(*((s.start, s.stop - s.start) for s in index), strict=True) if index else ((), ())
+        part: jax.Array = _copy(array, np.asarray(starts, np.int32), sizes)
+        return part
+
+
+def _copy_part(array: jax.Array, starts: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dynamic_slice(array, list(starts), sizes) if sizes else jnp.copy(array)
+
+
+_copy = jax.jit(_copy_part, static_argnames="sizes")
+
+
+class Prefixed:
+    """The part of a source below a name."""
+
+    def __init__(self, source: CheckpointSource, prefix: str):
+        self._source, self._prefix = source, prefix.strip("./").replace("/", ".") + "."
+        self.description = f"{prefix} of {source.description}"
+        if not self.tensors:
+            tops = sorted({name.partition(".")[0] for name in source.tensors})
+            raise ConfigError(f"{prefix=} names nothing in {source.description}; it has {', '.join(tops)}")
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Every tensor by what follows the prefix."""
+        inner, size = self._source.tensors, len(self._prefix)
+        return {
+            name[size:]: dataclasses.replace(tensor, name=name[size:])
+            for name, tensor in inner.items()
+            if name.startswith(self._prefix)
+        }
+
+    def read(self, name: str, index: Index) -> np.ndarray | jax.Array:
+        """A part of a tensor."""
+        return self._source.read(self._prefix + name, index)

@@ -1,0 +1,231 @@
+"""Carries out a plan: read the next units while the present one is quantized, free each source at once."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from moe_online.errors import CorruptCheckpoint, NonFiniteWeight
+from moe_online.loading.mapping import Part
+from moe_online.loading.memory import PeakMeter
+from moe_online.loading.messages import listed
+from moe_online.loading.plan import LoadPlan, Target, Unit, stored_bytes
+from moe_online.loading.quantizer import PartLayout, StepCache, allocate
+from moe_online.loading.report import LoadReport, TensorReport
+from moe_online.loading.source import CheckpointSource
+
+
+@dataclasses.dataclass
+class _Progressing:
+    """A leaf while its units come in."""
+
+    array: Any
+    error: list[np.ndarray] = dataclasses.field(default_factory=list)  # per unit [rows]
+    norm: list[np.ndarray] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass
+class _Failures:
+    """What went wrong; a load goes on to the end, so that one error names every tensor."""
+
+    corrupt: list[CorruptCheckpoint] = dataclasses.field(default_factory=list)
+    not_finite: dict[str, None] = dataclasses.field(default_factory=dict)
+
+    def raise_if_any(self, source: str) -> None:
+        """Raises CorruptCheckpoint or NonFiniteWeight for all tensors together."""
+        names = dict.fromkeys(name for error in self.corrupt for name in error.names)
+        if names:
+            raise CorruptCheckpoint(
+                f"{source} is damaged: {listed(list(names), 'tensor')} cannot be read. First: {self.corrupt[0]}",
+                names=names,
+            ) from self.corrupt[0]
+        if self.not_finite:
+            raise NonFiniteWeight(
+                f"{source} has NaN or infinite elements in {listed(list(self.not_finite), 'tensor')}; no scale can "
+                "represent them. The training run has diverged or the file is damaged: load an earlier checkpoint.",
+                names=self.not_finite,
+            )
+
+
+def run(plan: LoadPlan, source: CheckpointSource, *, progress: bool) -> tuple[dict[str, Any], LoadReport]:
+    """Loads all units of a plan.
+
+    Returns:
+      The finished leaves by name, and the report.
+
+    Raises:
+      CorruptCheckpoint: stored bytes cannot be decoded.
+      NonFiniteWeight: a weight holds NaN or an infinity.
+    """
+    begin = time.perf_counter()
+    devices = {device: None for target in plan.targets for device in target.sharding.addressable_devices}
+    meter, steps, failures = PeakMeter(devices), StepCache(), _Failures()
+    leaves: dict[str, _Progressing] = {}
+    with _bar(progress) as bar:
+        task = bar.add_task("loading", total=plan.read_bytes)
+        for unit, parts in _fetched(plan, source, meter, failures):
+            if parts is not None:
+                _store(unit, parts, leaves, steps, meter, failures)
+            bar.update(task, advance=unit.nbytes)
+    failures.raise_if_any(plan.source)
+    report = LoadReport(
+        source=plan.source,
+        tensors=tuple(_tensor_report(target, leaves[target.name]) for target in plan.targets),
+        read_bytes=plan.read_bytes,
+        resident_bytes=plan.resident_bytes,
+        planned_peak_bytes=plan.peak_bytes,
+        peak_bytes=meter.device_bytes,
+        planned_host_peak_bytes=plan.host_peak_bytes,
+        host_peak_bytes=meter.host_bytes,
+        compiled_steps=len(steps),
+        seconds=time.perf_counter() - begin,
+    )
+    return {name: leaf.array for name, leaf in leaves.items()}, report
+
+
+def _fetched(
+    plan: LoadPlan, source: CheckpointSource, meter: PeakMeter, failures: _Failures
+) -> Iterator[tuple[Unit, list[jax.Array] | None]]:
+    """Yields the units in order with their parts on the device; at most 1 + prefetch of them exist at a time."""
+    reader = _Reader(source)
+
+    def fetch(unit: Unit) -> list[jax.Array] | None:
+        try:
+            parts = [
+                jax.device_put(host, _part_sharding(unit.target, part, host.shape))
+                for part, host in zip(unit.target.parts, reader.read(unit), strict=True)
+            ]
+        except CorruptCheckpoint as error:
+            failures.corrupt.append(error)
+            return None
+        meter.sample()
+        return parts
+
+    with ThreadPoolExecutor(1, thread_name_prefix="moe-online-reader") as pool:
+        units = iter(plan.units)
+        waiting = collections.deque((unit, pool.submit(fetch, unit)) for unit in itertools.islice(units, plan.prefetch))
+        try:
+            while True:
+                # Asked for only now that the consumer has freed the unit before: the bound depends on it.
+                waiting.extend((unit, pool.submit(fetch, unit)) for unit in itertools.islice(units, 1))
+                if not waiting:
+                    return
+                unit, future = waiting.popleft()
+                yield unit, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class _Reader:
+    """Cuts units from blocks, of which it keeps the present one."""
+
+    def __init__(self, source: CheckpointSource):
+        self._source = source
+        self._key: Any = None
+        self._block: list[Any] = []
+
+    def read(self, unit: Unit) -> list[Any]:
+        """The parts of a unit on the host (or, of a source on devices, there)."""
+        key = (unit.target.name, unit.block)
+        if key != self._key:
+            self._key, self._block = None, []  # the old block goes before the new one comes
+            self._block = [
+                self._source.read(part.stored.name, unit.target.index(part, *unit.block)) for part in unit.target.parts
+            ]
+            self._key = key
+        block, (start, stop) = self._block, unit.block
+        if unit.stop == stop:
+            self._key, self._block = None, []
+        if (unit.start, unit.stop) == (start, stop):
+            return block
+        return [
+            array[unit.target.index(part, unit.start - start, unit.stop - start)]
+            for part, array in zip(unit.target.parts, block, strict=True)
+        ]
+
+
+def _store(
+    unit: Unit,
+    parts: list[jax.Array],
+    leaves: dict[str, _Progressing],
+    steps: StepCache,
+    meter: PeakMeter,
+    failures: _Failures,
+) -> None:
+    """Writes one unit into its leaf and frees its source."""
+    begin = time.perf_counter()
+    target = unit.target
+    if target.name not in leaves:
+        leaves[target.name] = _Progressing(allocate(target.stored))
+    leaf = leaves[target.name]
+    layouts = tuple(PartLayout(permutation=target.permutation(part), half=part.half) for part in target.parts)
+    step = steps.get(target.stored, layouts, parts)
+    leaf.array, stats = step.call(leaf.array, parts, np.int32(unit.start))
+    jax.block_until_ready((leaf.array, stats))
+    meter.sample(step.temporary_bytes)
+    for part in parts:
+        part.delete()
+    stats = jax.device_get(stats)
+    for source, finite in zip(target.parts, stats.finite, strict=True):
+        if not finite:
+            failures.not_finite[source.stored.name] = None
+    leaf.error.append(stats.error)
+    leaf.norm.append(stats.norm)
+    leaf.seconds += time.perf_counter() - begin
+
+
+def _part_sharding(target: Target, part: Part, shape: tuple[int, ...]) -> Sharding:
+    """Where a part goes: each stored axis like its axis of the leaf, or whole where it does not divide."""
+    if not isinstance(target.sharding, NamedSharding):
+        return target.sharding
+    spec = (*target.sharding.spec, *(None,) * (len(target.shape) - len(target.sharding.spec)))
+    if part.half is not None:
+        spec = (spec[0], *spec[2:])
+    stored: list[Any] = [None] * len(shape)
+    for axis, name in zip(target.permutation(part), spec, strict=True):
+        names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
+        devices = int(np.prod([target.sharding.mesh.shape[n] for n in names]))
+        stored[axis] = name if shape[axis] % devices == 0 else None
+    return NamedSharding(target.sharding.mesh, PartitionSpec(*stored))
+
+
+def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
+    error, norm = np.concatenate(leaf.error), np.concatenate(leaf.norm)
+    quantized = target.format is not None
+    each = np.sqrt(error / np.maximum(norm, np.finfo(np.float32).tiny))
+    total = np.sqrt(error.sum(dtype=np.float64) / max(norm.sum(dtype=np.float64), np.finfo(np.float32).tiny))
+    return TensorReport(
+        name=target.name,
+        sources=tuple(part.stored.name for part in target.parts),
+        shape=target.shape,
+        scheme=target.scheme,
+        rule=target.rule,
+        source_bytes=target.source_bytes(target.shape[0] if target.shape else 1),
+        stored_bytes=stored_bytes(target),
+        error=float(total) if quantized else None,
+        worst_expert_error=float(each.max(initial=0.0)) if quantized else None,
+        seconds=leaf.seconds,
+    )
+
+
+def _bar(visible: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        disable=not visible,
+        transient=True,
+    )

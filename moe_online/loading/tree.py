@@ -1,0 +1,117 @@
+"""Abstract models as flat lists of named leaves, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_online.errors import ConfigError
+from moe_online.experts import ExpertWeights
+from pallas_kernels import QuantizedArray
+
+WEIGHTS = ("w13_weight", "w2_weight")  # what a scheme quantizes
+HALVES = ("gate", "up")  # of the tensors with a gate/up axis
+FIELD_AXES = {  # of the tensors of ExpertWeights: E expert, S gate or up, N output, K contraction
+    "w13_weight": "ESNK",
+    "w2_weight": "ENK",
+    "w13_bias": "ESN",
+    "w2_bias": "EN",
+    "e_score_correction_bias": "E",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One array that the model asks for."""
+
+    name: str
+    aval: Any  # ShapeDtypeStruct
+    layer: str | None = None  # the ExpertWeights it belongs to
+    field: str | None = None  # its name there
+
+    @property
+    def axes(self) -> str | None:
+        """Letters of the axes, where they are known."""
+        return None if self.field is None else FIELD_AXES[self.field]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractTree:
+    """The leaves of an abstract model, and how the loaded ones become a model again."""
+
+    leaves: tuple[Leaf, ...]
+    rebuild: Callable[[Mapping[str, Any], Mapping[str, Any]], Any]  # arrays by name, activation formats by layer
+
+
+def flatten(abstract: Any) -> AbstractTree:
+    """Lists the leaves of a pytree of `ShapeDtypeStruct`s, an abstract nnx module or linen variables.
+
+    Raises:
+      ConfigError: a leaf that is no `ShapeDtypeStruct`; `expert_map` alone may be an array, and is kept.
+    """
+    if isinstance(abstract, nnx.Module):
+        graph, state = nnx.split(abstract)
+        inner = flatten(state)
+        return AbstractTree(
+            leaves=inner.leaves, rebuild=lambda arrays, formats: nnx.merge(graph, inner.rebuild(arrays, formats))
+        )
+    nodes, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=lambda x: isinstance(x, ExpertWeights))
+    named = [(path_name(path), node) for path, node in nodes]
+    leaves = [leaf for name, node in named for leaf in _leaves(name, node)]
+    _check(leaves)
+
+    def rebuild(arrays: Mapping[str, Any], formats: Mapping[str, Any]) -> Any:
+        return jax.tree.unflatten(treedef, [_filled(name, node, arrays, formats) for name, node in named])
+
+    return AbstractTree(leaves=tuple(leaves), rebuild=rebuild)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """`layers.0.attention.q_proj.kernel` for a path of jax.tree_util; the `value` of an nnx variable is no name."""
+    keys = []
+    for key in path:
+        match key:
+            case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
+                keys.append(str(key.key))
+            case jax.tree_util.SequenceKey():
+                keys.append(str(key.idx))
+            case jax.tree_util.GetAttrKey() if key.name not in ("value", "raw_value"):
+                keys.append(key.name)
+    return ".".join(keys)
+
+
+def _leaves(name: str, node: Any) -> list[Leaf]:
+    if not isinstance(node, ExpertWeights):
+        return [Leaf(name=name, aval=node)]
+    leaves = []
+    for field in FIELD_AXES:
+        value = getattr(node, field)
+        if isinstance(value, QuantizedArray):
+            raise ConfigError(f"{_join(name, field)} is declared as quantized; declare it as it is in the checkpoint")
+        if value is not None:
+            leaves.append(Leaf(name=_join(name, field), aval=value, layer=name, field=field))
+    return leaves
+
+
+def _filled(name: str, node: Any, arrays: Mapping[str, Any], formats: Mapping[str, Any]) -> Any:
+    if not isinstance(node, ExpertWeights):
+        return arrays[name]
+    values = {field: arrays[_join(name, field)] for field in FIELD_AXES if getattr(node, field) is not None}
+    return dataclasses.replace(node, **values, activation_format=formats.get(name))
+
+
+def _join(layer: str, field: str) -> str:
+    return f"{layer}.{field}" if layer else field
+
+
+def _check(leaves: list[Leaf]) -> None:
+    concrete = [leaf.name for leaf in leaves if not isinstance(leaf.aval, jax.ShapeDtypeStruct)]
+    if concrete:
+        raise ConfigError(
+            f"these leaves are not abstract: {', '.join(concrete)}; declare the model with nnx.eval_shape or "
+            "jax.eval_shape, so that nothing is allocated before it is loaded"
+        )

@@ -1,0 +1,156 @@
+"""`Format` and `QuantizedArray`: shapes, layouts, checks, and what holds under transformations."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import QuantizedArray, UnsupportedError, get_format, quantize
+from pallas_kernels.formats import FORMATS
+
+LAYOUTS = {  # scales of an array [2, 200, 300]: K blocks, then N blocks
+    "fp8_per_channel": (2, 1, 200),
+    "fp8_per_token": (2, 1, 200),
+    "fp8_per_block": (2, 3, 2),
+    "fp8_per_group": (2, 3, 200),
+    "int8_per_channel": (2, 1, 200),
+    "int8_per_token": (2, 1, 200),
+}
+
+
+@functools.cache
+def example(name="fp8_per_block"):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 200, 300)), jnp.bfloat16)
+    return jax.jit(quantize, static_argnames="format")(x, name)
+
+
+def test_every_format_is_here():
+    assert set(LAYOUTS) == set(FORMATS)
+
+
+@pytest.mark.parametrize(("name", "scales"), LAYOUTS.items(), ids=LAYOUTS)
+def test_layout(name, scales):
+    q, fmt = example(name), get_format(name)
+    assert (q.values.shape, q.scales.shape, q.global_scale) == ((2, 200, 300), scales, None)
+    assert (q.values.dtype, q.scales.dtype) == (fmt.storage, fmt.scale_dtype)
+    assert (q.shape, q.ndim, q.dtype) == ((2, 200, 300), 3, fmt.storage)
+    assert fmt.scales_shape(q.shape) == scales
+    assert fmt.values_shape(q.shape) == q.values.shape
+    assert q.nbytes == fmt.stored_bytes(q.shape) == 120_000 + 4 * np.prod(scales)
+    assert str(fmt) == name
+    assert hash(fmt) == hash(dataclasses.replace(fmt))
+
+
+def test_abstract_values():
+    q = jax.eval_shape(lambda x: quantize(x, "fp8_per_block"), jax.ShapeDtypeStruct((4, 256, 130), jnp.bfloat16))
+    assert (q.shape, q.scales.shape, q.nbytes) == ((4, 256, 130), (4, 2, 2), 4 * 256 * 130 + 4 * 4 * 4)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_properties_follow_the_children(name):
+    q = example(name)
+    whole = q.dequantize()
+
+    def inside(part):
+        assert (part.shape, part.ndim) == ((200, 300), 2)
+        assert part.nbytes == get_format(name).stored_bytes((200, 300))
+        return part.dequantize()
+
+    assert np.array_equal(inside(jax.tree.map(lambda v: v[1], q)), whole[1])
+    assert np.array_equal(jax.vmap(inside)(q), whole)
+    assert np.array_equal(jax.lax.scan(lambda _, part: (None, inside(part)), None, q)[1], whole)
+    part = jax.tree.map(lambda v: v[:1], q)
+    assert part.shape == (1, 200, 300)
+    assert np.array_equal(part.dequantize(), whole[:1])
+
+
+def test_from_parts():
+    q = example()
+    again = QuantizedArray.from_parts(q.values, q.scales, "fp8_per_block")
+    assert again.format is get_format("fp8_per_block")
+    assert np.array_equal(again.dequantize(), q.dequantize())
+    bad = {
+        r"values.dtype=.*int8.* must be float8_e4m3fn": (q.values.astype(jnp.int8), q.scales),
+        r"scales.dtype=.*bfloat16.* must be float32": (q.values, q.scales.astype(jnp.bfloat16)),
+        r"scales.shape=\(2, 2, 3\) must be \(2, 3, 2\)": (q.values, jnp.swapaxes(q.scales, 1, 2)),
+        r"scales.shape=\(3, 2\)": (q.values, q.scales[0]),
+        "rank 1": (q.values[0, 0], q.scales[0]),
+    }
+    for message, parts in bad.items():
+        with pytest.raises(ValueError, match=message):
+            QuantizedArray.from_parts(*parts, "fp8_per_block")
+    with pytest.raises(ValueError, match=r"no second-level scale; drop global_scale.shape=\(2,\)"):
+        QuantizedArray.from_parts(q.values, q.scales, "fp8_per_block", jnp.ones(2))
+
+
+def test_shardings():
+    """On an abstract mesh of the only device: which scale axis follows which values axis."""
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("expert", "model"))
+    for name, n_and_k, expected in [
+        ("fp8_per_channel", ("model", None), (None, "model")),
+        ("fp8_per_block", ("model", None), (None, "model")),
+        ("fp8_per_block", (None, "model"), ("model", None)),
+        ("fp8_per_block", (), (None, None)),
+    ]:
+        sharding = NamedSharding(mesh, PartitionSpec("expert", *n_and_k))
+        q = example(name).shardings(sharding)
+        assert q.values == sharding
+        assert tuple(q.scales.spec) == ("expert", *expected)
+        assert jax.device_put(example(name), q).shape == (2, 200, 300)
+
+
+@pytest.mark.parametrize(("devices", "spec"), [(2, "model"), (4, None)])
+def test_scales_are_whole_where_blocks_do_not_divide(devices, spec):
+    """2 blocks along N go to 2 devices, not to 4."""
+    mesh = jax.sharding.AbstractMesh((devices,), ("model",))
+    q = example().shardings(NamedSharding(mesh, PartitionSpec(None, "model")))
+    assert tuple(q.scales.spec) == (None, None, spec)
+
+
+def test_get_format():
+    fmt = get_format("fp8_per_block", role="weight")
+    assert get_format(fmt) is fmt
+    assert fmt.grid(129, 128) == (2, 1)
+    assert (fmt.spans(), get_format("fp8_per_channel").spans()) == ((False, False), (False, True))
+    weights = "fp8_per_block, fp8_per_channel, int8_per_channel"
+    activations = "fp8_per_group, fp8_per_token, int8_per_token"
+    with pytest.raises(ValueError, match=f"unknown weight format 'fp8'; valid names: {weights}$"):
+        get_format("fp8", role="weight")
+    with pytest.raises(ValueError, match=r"unknown quantization format 'fp8'; valid names: fp8_per_b.*int8_per_token$"):
+        get_format("fp8")
+    with pytest.raises(ValueError, match=f"'fp8_per_block' is no activation format; valid names: {activations}$"):
+        get_format("fp8_per_block", role="activation")
+    with pytest.raises(ValueError, match="'int8_per_token' is no weight format"):
+        get_format(get_format("int8_per_token"), role="weight")
+    with pytest.raises(TypeError, match="not int"):
+        get_format(8)
+    with pytest.raises(ValueError, match="group=64: the block of format 'fp8_per_block' is fixed"):
+        get_format("fp8_per_block", group=64)
+
+
+def test_errors_of_quantize():
+    x = jnp.ones((2, 4, 8))
+    for message, call in {
+        "rank 1": lambda: quantize(x[0, 0], "fp8_per_block"),
+        "unknown quantization format 'int3'": lambda: quantize(x, "int3"),
+        r"shared_axes=\(1,\) must be leading axes": lambda: quantize(x, "fp8_per_block", shared_axes=(1,)),
+        r"shared_axes=\(-4,\)": lambda: quantize(x, "fp8_per_block", shared_axes=(-4,)),
+        "4 elements along N, no multiple of the block 128": lambda: quantize(
+            x, "fp8_per_block", axis_names=(("model",), ())
+        ),
+        "8 elements along K, no multiple of the block 128": lambda: quantize(
+            x, "fp8_per_group", axis_names=((), ("model",))
+        ),
+        "implementation='cuda'": lambda: quantize(x, "fp8_per_block", implementation="cuda"),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="int32"):
+        quantize(x.astype(jnp.int32), "fp8_per_block")
+    with pytest.raises(UnsupportedError, match="use 'xla'"):
+        quantize(x, "fp8_per_block", implementation="mosaic_gpu")
+    assert quantize(x, "fp8_per_block", shared_axes=(0, -3)).shape == x.shape
