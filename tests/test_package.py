@@ -19,7 +19,7 @@ pytestmark = pytest.mark.smoke
 
 PACKAGES = (moe_online, pallas_kernels)
 REPOSITORY = pathlib.Path(__file__).parents[1]
-OPTIONAL = {"matplotlib", "optax", "torch", "transformers"}
+OPTIONAL = {"matplotlib", "torch", "transformers"}
 
 # Runs in a new interpreter: imports one package and prints what else came with it.
 IMPORT = """

@@ -53,7 +53,8 @@ class PeakMeter:
     @property
     def host_bytes(self) -> int:
         """The peak of the process's resident memory, as far as samples saw it."""
-        return self._highest_rss - self._start_rss
+        growth: int = self._highest_rss - self._start_rss
+        return growth
 
     def _in_use(self) -> int:
         if self._has_stats:
@@ -70,5 +71,5 @@ class PeakMeter:
 
 def bytes_on_devices(array: Any) -> int:
     """Bytes of an array, or of a `ShapeDtypeStruct` with a sharding, on all devices together: replicas count."""
-    devices = array.sharding.device_set
-    return math.prod(array.sharding.shard_shape(array.shape)) * int(array.dtype.itemsize) * len(devices)
+    shard: int = math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return shard * len(array.sharding.device_set)

@@ -21,7 +21,7 @@ from pallas_kernels import Format, QuantizedArray, quantize
 from pallas_kernels.grouped_matmul.product import storage_bits, take
 
 CHUNK_ELEMENTS = 2**21  # worked on at once: 8 MiB in f32
-COPIES = 4  # of a chunk in f32 that a compiled program may hold
+COPIES, PLAIN_COPIES = 4, 2  # of a chunk in f32 that a compiled program may hold: quantizing, copying
 SMALL_TEMPORARIES = 2**16  # what it takes beside: sums, flags
 
 
@@ -41,10 +41,10 @@ def chunk_rows(shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
 def temporary_bytes(shape: tuple[int, ...], fmt: Format | None) -> int:
     """Device memory that a step may take beside source and output: at most 64 MiB up to K = 32768."""
     rows, n = chunk_rows(shape, fmt)
-    width = math.prod(shape[-1:])
-    if fmt is None:
-        width = math.prod(shape[1:]) // (shape[-2] if len(shape) > 2 else n)
-    return rows * n * width * 4 * COPIES + SMALL_TEMPORARIES
+    if fmt is not None:
+        return n * shape[-1] * 4 * COPIES + SMALL_TEMPORARIES
+    width = math.prod(shape[1:]) // (shape[-2] if len(shape) > 2 else n)
+    return rows * n * width * 4 * PLAIN_COPIES + SMALL_TEMPORARIES
 
 
 @jax.tree_util.register_dataclass
@@ -171,17 +171,19 @@ def _update(out: Array, new: Array, at: Sequence[Array | int]) -> Array:
     new = new.reshape(*(1,) * (out.ndim - new.ndim), *new.shape)
     bits = storage_bits(out.dtype)
     old, new = (x if x.dtype == bits else lax.bitcast_convert_type(x, bits) for x in (out, new))
-    updated: Array = lax.dynamic_update_slice(old, new, [jnp.asarray(start, jnp.int32) for start in at])
-    if bits != out.dtype:
-        updated = lax.bitcast_convert_type(updated, out.dtype)
-    return updated
+    written: Array = lax.dynamic_update_slice(old, new, [jnp.asarray(start, jnp.int32) for start in at])
+    if bits == out.dtype:
+        return written
+    reals: Array = lax.bitcast_convert_type(written, out.dtype)
+    return reals
 
 
 def _highest(x: Array) -> Array:
     """Largest magnitude in f32, NaN if there is one; 0 for what is not real."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return jnp.float32(0)
-    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+    highest: Array = jnp.max(jnp.abs(x), initial=0)
+    return highest.astype(jnp.float32)
 
 
 def _rows(parts: Sequence[Array], layouts: Sequence[PartLayout]) -> int:
