@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+
+from rich.console import Console, RenderableType
 
 SHOWN = 20  # names in a message; an error's `names` holds all
 
@@ -11,6 +14,14 @@ def listed(names: Sequence[str], noun: str) -> str:
     """`"2 tensors (a, b)"`; long lists are cut, with the number of those left out."""
     left_out = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{len(names)} {noun}{'s' * (len(names) != 1)} ({', '.join(names[:SHOWN])}{left_out})"
+
+
+def rendered(table: RenderableType) -> str:
+    """What rich would print, as text."""
+    console = Console(file=io.StringIO(), width=140)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
 
 
 def human_bytes(size: float) -> str:

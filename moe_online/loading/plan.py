@@ -21,7 +21,7 @@ from moe_online.config import OnlineQuantConfig
 from moe_online.errors import ConfigError, DtypeMismatch, MemoryBudgetError, ShapeMismatch
 from moe_online.loading.mapping import Part
 from moe_online.loading.memory import bytes_on_devices
-from moe_online.loading.messages import human_bytes, listed
+from moe_online.loading.messages import human_bytes, listed, rendered
 from moe_online.loading.quantizer import temporary_bytes
 from moe_online.loading.source import Index
 from moe_online.loading.tree import WEIGHTS, Leaf
@@ -152,6 +152,9 @@ class LoadPlan:
         """Stored tensors whose chunks are larger than a unit may be, so that the host holds more than that."""
         large = {id(unit.target): unit.target for unit in self.units if _block_bytes(unit) > self.unit_bytes}
         return tuple(part.stored.name for target in large.values() for part in target.parts)
+
+    def __str__(self) -> str:
+        return rendered(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"{self.source}", title_justify="left", caption_justify="left", caption=self._summary())

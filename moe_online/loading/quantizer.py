@@ -180,10 +180,8 @@ def _update(out: Array, new: Array, at: Sequence[Array | int]) -> Array:
 
 def _highest(x: Array) -> Array:
     """Largest magnitude in f32, NaN if there is one; 0 for what is not real."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        return jnp.float32(0)
-    highest: Array = jnp.max(jnp.abs(x), initial=0)
-    return highest.astype(jnp.float32)
+    is_real = jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) if is_real else jnp.zeros((), jnp.float32)
 
 
 def _rows(parts: Sequence[Array], layouts: Sequence[PartLayout]) -> int:

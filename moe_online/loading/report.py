@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from moe_online.loading.messages import human_bytes
+from moe_online.loading.messages import human_bytes, rendered
 from moe_online.loading.plan import group_by_pattern
 
 COLORS = ("#999999", "#3b7dd8", "#d8833b", "#e8c9a8")
@@ -49,6 +49,9 @@ class LoadReport:
     def to_json(self) -> dict[str, Any]:
         """The same facts for machines."""
         return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return rendered(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         caption = (
