@@ -1,8 +1,6 @@
 """The shipped model on all of its held-out text, under every scheme, against a numpy quantizer in the same model."""
 
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,58 +9,36 @@ import pytest
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-import moe_online
-from moe_online.assets import train
 from moe_online.evaluate import evaluate, log_probabilities
-from moe_online.models.decoder import Decoder, DecoderConfig
 from moe_online.schemes import SHORTHANDS
 from numpy_moe import NumpyMoE
+from shipped import SHIPPED, heldout, load_shipped
 
-SHIPPED = pathlib.Path(train.__file__).parent / "python-moe-7m"
 WINDOW, BATCH = 512, 16
 SCHEMES = {spec.moe: name for name, spec in reversed(SHORTHANDS.items())}  # each once, whatever its names
-MAPPING = {
-    "*.moe.router": "-> *.moe.router.kernel",
-    "*.moe.w_gate": "E K N -> *.moe.experts.w13_weight.gate",
-    "*.moe.w_up": "E K N -> *.moe.experts.w13_weight.up",
-    "*.moe.w_down": "E K N -> *.moe.experts.w2_weight",
-}
-
-
-@functools.cache
-def text():
-    return np.frombuffer((SHIPPED / "heldout.txt").read_bytes(), np.uint8)
-
-
-def load(scheme):
-    config = DecoderConfig.from_json(json.loads((SHIPPED / "config.json").read_text()))
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    return moe_online.load(
-        abstract, SHIPPED / "checkpoint", prefix="params", mapping=MAPPING, quantization=scheme, progress=False
-    ).params
 
 
 @functools.cache
 def bf16():
     """The model as it was trained, what it predicts, and its bits per byte."""
-    model = load(None)
-    blocks = [np.asarray(block) for block in log_probabilities(model, text(), window=WINDOW, batch=BATCH)]
-    return model, blocks, evaluate(model, text(), window=WINDOW, batch=BATCH).bits_per_byte
+    model = load_shipped(None).params
+    blocks = [np.asarray(block) for block in log_probabilities(model, heldout(), window=WINDOW, batch=BATCH)]
+    return model, blocks, evaluate(model, heldout(), window=WINDOW, batch=BATCH).bits_per_byte
 
 
 def numpy_kl(model, spec) -> float:
     """KL to bf16, in bits per byte, of `model` with `spec` put in by numpy alone."""
     moes = [numpy_moe(layer, spec) for layer in stored_layers()]
     total = count = 0.0
-    for start, reference in zip(range(0, len(text()) - 1, WINDOW * BATCH), bf16()[1], strict=True):
+    for start, reference in zip(range(0, len(heldout()) - 1, WINDOW * BATCH), bf16()[1], strict=True):
         tokens = np.zeros(WINDOW * BATCH, np.int32)
-        part = text()[start : start + WINDOW * BATCH]
+        part = heldout()[start : start + WINDOW * BATCH]
         tokens[: len(part)] = part
         found = predict(model, moes, tokens.reshape(BATCH, WINDOW)).astype(np.float64)
         kl = np.sum(np.exp(reference.astype(np.float64)) * (reference - found), axis=-1).ravel()
-        kl = kl[: len(text()) - 1 - start]
+        kl = kl[: len(heldout()) - 1 - start]
         total, count = total + kl.sum(), count + kl.size
-    assert count == len(text()) - 1
+    assert count == len(heldout()) - 1
     return total / count / np.log(2)
 
 
@@ -70,7 +46,7 @@ def numpy_kl(model, spec) -> float:
 def stored_layers():
     """The experts as plain Orbax reads them."""
     on_cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    path = SHIPPED.absolute() / "checkpoint"
+    path = SHIPPED / "checkpoint"
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_cpu), ocp.metadata(path).metadata
     )
@@ -100,7 +76,7 @@ def attention(graph, state, x):
 
 
 def test_the_text_is_long_enough():
-    assert len(text()) >= 100_000
+    assert len(heldout()) >= 100_000
 
 
 def test_numpy_layer_is_the_same_model():
@@ -111,7 +87,7 @@ def test_numpy_layer_is_the_same_model():
 @pytest.mark.parametrize("spec", SCHEMES, ids=SCHEMES.get)
 def test_schemes_are_as_good_as_numpy(spec, record_property):
     model, reference, bits = bf16()
-    found = evaluate(load(SCHEMES[spec]), text(), window=WINDOW, batch=BATCH, reference=reference)
+    found = evaluate(load_shipped(SCHEMES[spec]).params, heldout(), window=WINDOW, batch=BATCH, reference=reference)
     by_numpy = numpy_kl(model, spec)
     print(f"{SCHEMES[spec]}: KL {found.kl_per_byte:.6f}, numpy {by_numpy:.6f}, {found.bits_per_byte:.4f} of {bits:.4f}")
     assert 1e-5 < found.kl_per_byte <= 2 * by_numpy
@@ -122,7 +98,7 @@ def test_rotated_experts_are_noticed():
     model, _, bits = bf16()
     graph, state = nnx.split(model)
     rotated = nnx.merge(graph, jax.tree.map_with_path(_roll_experts, state))
-    assert evaluate(rotated, text(), window=WINDOW, batch=BATCH).bits_per_byte > 1.2 * bits
+    assert evaluate(rotated, heldout(), window=WINDOW, batch=BATCH).bits_per_byte > 1.2 * bits
 
 
 def _roll_experts(path, leaf):

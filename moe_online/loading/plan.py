@@ -28,6 +28,8 @@ from moe_online.loading.tree import WEIGHTS, Leaf
 from moe_online.schemes import QuantSpec
 from pallas_kernels import Format, QuantizedArray
 
+ALLOCATION = 256  # bytes: what XLA's GPU allocator rounds up to
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
@@ -369,12 +371,17 @@ def _peak(units: Sequence[Unit], prefetch: int) -> int:
     peak = resident = 0
     for i, unit in enumerate(units):
         if unit.start == 0:
-            resident += stored_bytes(unit.target)  # allocated before its first unit is quantized
+            resident += _allocated(unit.target)  # before its first unit is quantized
         ahead = itertools.islice(units, i, i + 1 + prefetch)
         in_flight = sum(other.nbytes * _replicas(other.target) for other in ahead)
         in_flight += temporary_bytes(unit.target.shape, unit.target.format)
         peak = max(peak, resident + in_flight)
     return peak
+
+
+def _allocated(target: Target) -> int:
+    """Bytes of the finished leaf as a GPU's allocator rounds them."""
+    return sum(-(-bytes_on_devices(leaf) // ALLOCATION) * ALLOCATION for leaf in jax.tree.leaves(target.stored))
 
 
 def _replicas(target: Target) -> int:
