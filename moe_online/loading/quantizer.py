@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from pallas_kernels import Format, QuantizedArray, quantize
@@ -30,21 +31,25 @@ def chunk_rows(shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
 
     About `CHUNK_ELEMENTS`; one row of N is the least.
     """
-    *_, n, k = (1, 1, *shape)
+    n, width = _rows_of_n(shape, fmt)
     row = math.prod(shape[1:])
     if fmt is None and row <= CHUNK_ELEMENTS:
         return max(1, min(math.prod(shape[:1]), CHUNK_ELEMENTS // max(row, 1))), n
     block = (fmt and fmt.block[0]) or 1
-    return 1, min(n, max(1, CHUNK_ELEMENTS // (k * block)) * block)
+    return 1, min(n, max(1, CHUNK_ELEMENTS // (width * block)) * block)
 
 
 def temporary_bytes(shape: tuple[int, ...], fmt: Format | None) -> int:
-    """Device memory that a step may take beside source and output: at most 64 MiB up to K = 32768."""
+    """Memory of each device that a step may take beside source and output: at most 64 MiB up to K = 32768."""
     rows, n = chunk_rows(shape, fmt)
-    if fmt is not None:
-        return n * shape[-1] * 4 * COPIES + SMALL_TEMPORARIES
-    width = math.prod(shape[1:]) // (shape[-2] if len(shape) > 2 else n)
-    return rows * n * width * 4 * PLAIN_COPIES + SMALL_TEMPORARIES
+    copies = PLAIN_COPIES if fmt is None else COPIES
+    return rows * n * _rows_of_n(shape, fmt)[1] * 4 * copies + SMALL_TEMPORARIES
+
+
+def _rows_of_n(shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
+    """N, and how many elements of one row of axis 0 share an index along it; below rank 3 all do."""
+    n = shape[-2] if len(shape) > 2 else 1
+    return n, shape[-1] if fmt is not None else math.prod(shape[1:]) // max(n, 1)
 
 
 @jax.tree_util.register_dataclass
@@ -69,7 +74,17 @@ class PartLayout:
         stored_starts, stored_sizes = [jnp.int32(0)] * part.ndim, [1] * part.ndim
         for axis, start, size in zip(self.permutation, starts, sizes, strict=True):
             stored_starts[axis], stored_sizes[axis] = jnp.asarray(start, jnp.int32), size
-        return jnp.transpose(take(part, tuple(stored_starts), tuple(stored_sizes)), self.permutation)
+        block = take(part, tuple(stored_starts), tuple(stored_sizes))
+        if self.permutation == tuple(range(part.ndim)):
+            return block
+        # Without the first, XLA:GPU transposes a copy of the whole part; without the second, XLA:CPU is 10 times slower.
+        return row_major(jnp.transpose(row_major(block), self.permutation))
+
+
+def row_major(x: Array) -> Array:
+    """`x`, the last axis contiguous in memory."""
+    constrained: Array = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return constrained
 
 
 def quantize_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., tuple[QuantizedArray, Stats]]:
@@ -112,9 +127,11 @@ def _quantize_half(
         return (values, scales, error, norm), jnp.maximum(highest, jnp.max(jnp.abs(x)))  # NaN stays NaN
 
     def one_expert(expert: Array, _: int, carry: Any) -> Any:
-        return _for_chunks(n, chunk_rows(shape, fmt)[1], lambda *args: chunk(expert, *args), carry)
+        return _for_chunks(n, chunk_rows(shape, fmt)[1], start, lambda *args: chunk(expert, *args), carry)
 
-    result: tuple[Any, Array] = _for_chunks(part.shape[layout.permutation[0]], 1, one_expert, (carry, jnp.float32(0)))
+    result: tuple[Any, Array] = _for_chunks(
+        part.shape[layout.permutation[0]], 1, start, one_expert, (carry, jnp.float32(0))
+    )
     return result
 
 
@@ -124,21 +141,22 @@ def copy_step(stored: jax.ShapeDtypeStruct, layouts: Sequence[PartLayout]) -> Ca
 
     def copy_part(out: Array, part: Array, layout: PartLayout, start: Array) -> tuple[Array, Array]:
         lead = () if layout.half is None else (layout.half,)
-        *inner, n = stored.shape[1 + len(lead) : -1] or (1,)
+        size, *rest = (part.shape[axis] for axis in layout.permutation)
+        *inner, n = rest[:-1] or (1,)
 
         def chunk(first: Array, rows: int, row: Array, n_rows: int, carry: Any) -> Any:
             out, highest = carry
-            middle, sizes = ((0,) * len(inner), (*inner, n_rows)) if out.ndim > 2 else ((), ())
-            at = (first, *middle, *((row,) if sizes else ()), *((0,) if out.ndim > 1 else ()))
-            x = layout.take(part, at, (rows, *sizes, *stored.shape[-1:][: out.ndim - 1])).astype(out.dtype)
-            out = _update(out, x[:, None] if lead else x, (start + first, *lead, *at[1:]))
+            at: tuple[Array | int, ...] = (*(0 for _ in inner), row, 0)
+            sizes = (*inner, n_rows, *rest[-1:])
+            at, sizes = at[len(at) - len(rest) :], sizes[len(sizes) - len(rest) :]  # below rank 3 there is no N
+            x = layout.take(part, (first, *at), (rows, *sizes)).astype(out.dtype)
+            out = _update(out, x[:, None] if lead else x, (start + first, *lead, *at))
             return out, jnp.maximum(highest, _highest(x))
 
         def some_rows(first: Array, rows: int, carry: Any) -> Any:
-            return _for_chunks(n, n_per_chunk, lambda *args: chunk(first, rows, *args), carry)
+            return _for_chunks(n, n_per_chunk, start, lambda *args: chunk(first, rows, *args), carry)
 
-        size = part.shape[layout.permutation[0]]
-        result: tuple[Array, Array] = _for_chunks(size, min(per_chunk, size), some_rows, (out, jnp.float32(0)))
+        result: tuple[Array, Array] = _for_chunks(size, min(per_chunk, size), start, some_rows, (out, jnp.float32(0)))
         return result
 
     def step(out: Array, parts: Sequence[Array], start: Array) -> tuple[Array, Stats]:
@@ -155,11 +173,20 @@ def copy_step(stored: jax.ShapeDtypeStruct, layouts: Sequence[PartLayout]) -> Ca
     return step
 
 
-def _for_chunks(total: int, size: int, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
-    """`carry = body(start, size, carry)` for chunk after chunk of `[0, total)`; the last may be smaller."""
+def _for_chunks(total: int, size: int, start: Array, body: Callable[[Array, int, Any], Any], carry: Any) -> Any:
+    """`carry = body(first, size, carry)` for chunk after chunk of `[0, total)`; the last may be smaller.
+
+    XLA inlines a loop that it knows to take one step, and would then work on several chunks at once. So it must not
+    know: `start`, an argument of the compiled step, is never negative.
+    """
     whole, rest = divmod(total, size)
-    carry = lax.fori_loop(0, whole, lambda i, carry: body(i * size, size, carry), carry)
-    return body(jnp.int32(whole * size), rest, carry) if rest else carry
+
+    def loop(first: int, count: int, size: int, carry: Any) -> Any:
+        steps = count + jnp.minimum(start, 0) if count == 1 else count
+        return lax.fori_loop(0, steps, lambda i, carry: body(first + i * size, size, carry), carry)
+
+    carry = loop(0, whole, size, carry) if whole else carry
+    return loop(whole * size, 1, rest, carry) if rest else carry
 
 
 def _update(out: Array, new: Array, at: Sequence[Array | int]) -> Array:
@@ -193,7 +220,7 @@ class Compiled:
     """A step ready to run."""
 
     call: Callable[..., tuple[Any, Stats]]
-    temporary_bytes: int  # 0 where the backend does not tell
+    temporary_bytes: int  # on each device; 0 where the backend does not tell
 
 
 class StepCache:
@@ -205,7 +232,7 @@ class StepCache:
     def __len__(self) -> int:
         return len(self._compiled)
 
-    def get(self, stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.Array]) -> Compiled:
+    def get(self, stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
         """The step for a finished leaf like `stored` and parts like these."""
         key = (
             tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(stored)),
@@ -218,15 +245,14 @@ class StepCache:
         return self._compiled[key]
 
 
-def _compile(stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.Array]) -> Compiled:
+def _compile(stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
     if isinstance(stored, QuantizedArray):
         step: Any = quantize_step(stored.format, layouts)
     else:
         step = copy_step(stored, layouts)
-    avals = [jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=part.sharding) for part in parts]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, stored)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    compiled = jitted.lower(stored, avals, jax.ShapeDtypeStruct((), np.int32)).compile()
+    compiled = jitted.lower(stored, list(parts), jax.ShapeDtypeStruct((), np.int32)).compile()
     analysis = compiled.memory_analysis()
     return Compiled(compiled, 0 if analysis is None else analysis.temp_size_in_bytes)
 

@@ -86,7 +86,10 @@ def _dot(lhs: jax.Array, rhs: jax.Array) -> Float[Array, "M N"]:
     dtype = contraction_dtype(lhs.dtype, rhs.dtype)
     total = jnp.int32 if dtype == jnp.int8 else jnp.float32
     dims = (((1,), (1,)), ((), ()))
-    product = lax.dot_general(lhs.astype(dtype), rhs.astype(dtype), dims, preferred_element_type=total)
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None  # GPUs and TPUs would round to less
+    product = lax.dot_general(
+        lhs.astype(dtype), rhs.astype(dtype), dims, precision=precision, preferred_element_type=total
+    )
     return product.astype(jnp.float32)
 
 

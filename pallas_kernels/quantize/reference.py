@@ -38,7 +38,9 @@ def quantize(
     codes = jnp.clip(codes, -fmt.code_max, fmt.code_max)  # XLA's cast to e4m3fn makes NaN of anything above 464
     if jnp.issubdtype(fmt.storage, jnp.integer):
         codes = jnp.round(codes)  # half to even, as the float cast does
-    return QuantizedArray(values=codes.astype(fmt.storage), scales=jnp.swapaxes(scales, -1, -2), format=fmt)
+    # XLA:GPU would drop a cast to a small float that is cast back at once: nothing would be rounded.
+    values = lax.optimization_barrier(codes.astype(fmt.storage))
+    return QuantizedArray(values=values, scales=jnp.swapaxes(scales, -1, -2), format=fmt)
 
 
 def _block_amax(x: jax.Array, fmt: Format) -> jax.Array:

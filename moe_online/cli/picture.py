@@ -1,0 +1,75 @@
+"""The comparison of schemes as a picture."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_online.cli.comparison import Row
+from moe_online.errors import ConfigError
+from moe_online.loading.messages import human_bytes
+
+PEAK, STORED, LOSS, SPEED = "#c9d8ee", "#2f6db5", "#d8833b", "#4f9d69"
+BAR = 0.62  # of the distance between rows
+INK = "#222222"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib, of the extra `plot`, is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def check_name(path: Path) -> None:
+    """Raises ConfigError where matplotlib writes no such pictures."""
+    from matplotlib.backend_bases import FigureCanvasBase  # optional
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ConfigError(f"cannot draw {path}: its name must end in one of {', '.join(known)}")
+
+
+def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
+    """Draws one row of bars per scheme: memory, loss of quality, speed."""
+    from matplotlib.figure import Figure  # optional
+
+    figure = Figure(figsize=(11, 1.5 + 0.42 * len(rows)), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
+    memory, loss, speed = figure.subplots(1, 3, sharey=True, width_ratios=[1.3, 1.1, 0.9])
+    _memory(memory, rows)
+    _loss(loss, rows)
+    _bars(speed, [row.tokens_per_second for row in rows], [f"{row.tokens_per_second:.0f}" for row in rows], SPEED)
+    speed.set_title("Tokens per second, one sequence", loc="left", fontsize=10, color=INK)
+    memory.set_yticks(range(len(rows)), [row.scheme for row in rows], color=INK)
+    memory.invert_yaxis()  # shared: the first scheme on top
+    for axes in (memory, loss, speed):
+        axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
+        axes.tick_params(length=0)
+        axes.set_xticks([])
+    figure.savefig(path, dpi=150)
+
+
+def _memory(axes: Any, rows: Sequence[Row]) -> None:
+    _bars(axes, [row.peak_bytes for row in rows], [human_bytes(row.peak_bytes) for row in rows], PEAK)
+    drawn = axes.barh(range(len(rows)), [row.stored_bytes for row in rows], BAR, color=STORED)
+    axes.bar_label(
+        drawn, [human_bytes(row.stored_bytes) for row in rows], label_type="center", color="white", fontsize=9
+    )
+    axes.set_title("Memory: stored (dark), peak while loading (light)", loc="left", fontsize=10, color=INK)
+
+
+def _loss(axes: Any, rows: Sequence[Row]) -> None:
+    """KL rather than the change of bits per byte, which is small, of either sign and mostly chance."""
+    first = rows[0]
+    changes = [100 * (row.bits_per_byte / first.bits_per_byte - 1) for row in rows[1:]]
+    labels = [f"{row.kl:.4f}  (bits/byte {by:+.2f} %)" for row, by in zip(rows[1:], changes, strict=True)]
+    _bars(axes, [row.kl for row in rows], [f"{first.bits_per_byte:.4f} bits/byte", *labels], LOSS)
+    axes.set_title(f"KL to {first.scheme}, bits per byte", loc="left", fontsize=10, color=INK)
+    axes.margins(x=1.0)  # for the long labels
+
+
+def _bars(axes: Any, values: Sequence[float], labels: Sequence[str], color: str) -> None:
+    drawn = axes.barh(range(len(values)), values, BAR, color=color)
+    axes.bar_label(drawn, labels, padding=4, fontsize=9, color=INK)
+    axes.margins(x=0.28)

@@ -1,0 +1,86 @@
+"""`moe-online quickstart`: the shipped model under several schemes, in one table and one picture."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_online.cli import output
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moe_online.cli.comparison import Measured
+
+PICTURE = Path("moe-online-quickstart.png")
+TEXT_BYTES = 16 * 1024
+PROMPT = 'def read_config(path):\n    """'
+SPEAKER = "fp8_per_block"  # the scheme whose completion is shown
+STEPS = 3  # that are announced per scheme
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declares the command."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "quickstart",
+        help="load the shipped model under several schemes and compare them",
+        description="Loads the shipped model (7 million parameters, trained on Python source) under several schemes, "
+        "compares memory, quality and speed in one table, and lets it write some code. Takes about a minute.",
+    )
+    parser.add_argument("--all", action="store_true", help="every scheme, not only the usual ones")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows of the table as JSON")
+    parser.add_argument("--plot", metavar="FILE", type=Path, default=PICTURE, help="the picture (default: %(default)s)")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures, prints the table and a completion, draws the picture."""
+    from moe_online.cli import comparison, picture
+
+    output.check_writable(args.json)
+    if picture.can_draw():
+        output.check_writable(args.plot)
+        picture.check_name(args.plot)
+    measured = _measure(comparison.schemes(everything=args.all))
+    rows = [each.row for each in measured]
+    output.write_json(args.json, [dataclasses.asdict(row) for row in rows])
+    console = output.stdout()
+    console.print(comparison.table(rows, num_bytes=TEXT_BYTES))
+    _print_completion(console, measured)
+    if picture.can_draw():
+        picture.draw(rows, args.plot, title="moe-online quickstart: a 7 M parameter MoE, quantized while it loads")
+        console.print(f"Picture of the table: {args.plot.resolve()}", markup=False, soft_wrap=True)
+    else:
+        console.print("No picture without matplotlib: pip install 'moe-online[plot]'", markup=False)
+
+
+def _measure(schemes: Sequence[str]) -> list[Measured]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from moe_online.assets import HELDOUT_TEXT, PYTHON_MOE_7M
+    from moe_online.cli.comparison import Comparison
+
+    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=STEPS * len(schemes))
+
+        def announce(scheme: str, step: str) -> None:
+            bar.update(task, advance=1, description=f"{scheme}: {step}")
+
+        text = HELDOUT_TEXT.read_bytes()[: TEXT_BYTES + 1]  # the first byte is not predicted
+        comparison = Comparison(PYTHON_MOE_7M, text, PROMPT, announce=announce)
+        return [comparison.measure(scheme) for scheme in schemes]
+
+
+def _print_completion(console: Console, measured: Sequence[Measured]) -> None:
+    from rich.text import Text
+
+    completion = next(each.completion for each in measured if each.row.scheme == SPEAKER)
+    whole_lines = completion.rpartition("\n")[0].rstrip() or completion
+    console.print(f"\nThe {SPEAKER} model continues the bold text:\n")
+    console.print(Text(PROMPT, style="bold") + Text(whole_lines), soft_wrap=True)
+    console.print()
