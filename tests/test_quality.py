@@ -21,7 +21,7 @@ SCHEMES = {spec.moe: name for name, spec in reversed(SHORTHANDS.items())}  # eac
 @functools.cache
 def bf16():
     """The model as it was trained, what it predicts, and its bits per byte."""
-    model = load_shipped(None).params
+    model = load_shipped(None)
     blocks = [np.asarray(block) for block in log_probabilities(model, heldout(), window=WINDOW, batch=BATCH)]
     return model, blocks, evaluate(model, heldout(), window=WINDOW, batch=BATCH).bits_per_byte
 
@@ -87,7 +87,7 @@ def test_numpy_layer_is_the_same_model():
 @pytest.mark.parametrize("spec", SCHEMES, ids=SCHEMES.get)
 def test_schemes_are_as_good_as_numpy(spec, record_property):
     model, reference, bits = bf16()
-    found = evaluate(load_shipped(SCHEMES[spec]).params, heldout(), window=WINDOW, batch=BATCH, reference=reference)
+    found = evaluate(load_shipped(SCHEMES[spec]), heldout(), window=WINDOW, batch=BATCH, reference=reference)
     by_numpy = numpy_kl(model, spec)
     print(f"{SCHEMES[spec]}: KL {found.kl_per_byte:.6f}, numpy {by_numpy:.6f}, {found.bits_per_byte:.4f} of {bits:.4f}")
     assert 1e-5 < found.kl_per_byte <= 2 * by_numpy

@@ -49,9 +49,8 @@ class Rule:
             return None
         if self.target is None:
             return name
-        pieces = self.target.split("*")
-        captured = [*match.groups(), *[""] * len(pieces)]
-        return "".join(part for pair in zip(pieces, captured, strict=False) for part in pair)
+        first, *pieces = self.target.split("*")
+        return first + "".join(captured + piece for captured, piece in zip(match.groups(), pieces, strict=False))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +102,7 @@ def assign(
     rules = [parse_rule(pattern, text) for pattern, text in mapping.items()]
     by_name = {leaf.name: leaf for leaf in leaves}
     found: dict[str, list[Part]] = {leaf.name: [] for leaf in leaves}
-    used, surplus = set(), []
+    used, surplus = set(), {}
     for name, stored in tensors.items():
         rule = _rule_for(name, rules)
         used.add(rule)
@@ -111,7 +110,7 @@ def assign(
         assert target is not None  # _rule_for took a rule that matches
         owner, half = _owner(target, by_name)
         if owner is None:
-            surplus.append(name if target == name else f"{name} (mapped to {target})")
+            surplus[name] = name if target == name else f"{name} (mapped to {target})"
         else:
             found[owner].append(Part(stored=stored, axes=None if rule is None else rule.axes, half=half))
     unused = [rule.pattern for rule in rules if rule not in used]
@@ -176,16 +175,16 @@ def _some_names(tensors: Mapping[str, StoredTensor]) -> str:
     return f"it has {listed([f'{t.name} {t.shape}' for t in tensors.values()], 'tensor')}"
 
 
-def _check_surplus(surplus: Sequence[str], unexpected: str | Sequence[str], where: str) -> None:
+def _check_surplus(surplus: Mapping[str, str], unexpected: str | Sequence[str], where: str) -> None:
     if unexpected == "ignore":
         return
     allowed = [] if unexpected == "error" else [unexpected] if isinstance(unexpected, str) else unexpected
     allow = [Rule(pattern=pattern, axes=None, target=None).regex for pattern in allowed]
-    left = [name for name in surplus if not any(regex.fullmatch(name.partition(" ")[0]) for regex in allow)]
+    left = {name: said for name, said in surplus.items() if not any(regex.fullmatch(name) for regex in allow)}
     if left:
         raise UnexpectedWeights(
-            f"{where} has {listed(left, 'tensor')} that the model does not ask for. Give mapping={{...}} where they "
-            'belong somewhere, unexpected=["pattern", ...] or unexpected="ignore" to leave them unread, or prefix=... '
-            "to read a part of the checkpoint.",
+            f"{where} has {listed(list(left.values()), 'tensor')} that the model does not ask for. Give "
+            'mapping={...} where they belong somewhere, unexpected=["pattern", ...] or unexpected="ignore" to leave '
+            "them unread, or prefix=... to read a part of the checkpoint.",
             names=left,
         )

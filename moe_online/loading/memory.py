@@ -35,7 +35,7 @@ class PeakMeter:
         self._highest_rss = self._start_rss
 
     def sample(self, temporary_bytes: int = 0) -> None:
-        """Notes how much is in use now; on a CPU the arguments adds to that."""
+        """Notes how much is in use now; on a CPU the argument adds to that."""
         now = self._in_use() + temporary_bytes
         rss = self._process.memory_info().rss
         with self._lock:
@@ -59,7 +59,7 @@ class PeakMeter:
     def _in_use(self) -> int:
         if self._has_stats:
             return sum(self._stat(device, BYTES_IN_USE) for device in self._devices)
-        return sum(bytes_on_devices(array) for array in jax.live_arrays())
+        return sum(bytes_on_devices(array) for array in jax.live_arrays(self._devices[0].platform))
 
     def _allocator_peak(self) -> int:
         return sum(self._stat(device, PEAK_BYTES_IN_USE) for device in self._devices)

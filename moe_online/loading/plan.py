@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
@@ -85,6 +85,12 @@ class Target:
             return part.axes
         return self.leaf.axes if part.half is None else self.leaf.axes.replace("S", "")
 
+    def has_axes(self, axes: str, part: Part) -> bool:
+        """Whether a part with these axes can become the leaf: exactly its own, or as many where those are unknown."""
+        if self.leaf.axes is None:
+            return len(axes) == len(self.shape)
+        return set(axes) == set(self.leaf.axes if part.half is None else self.leaf.axes.replace("S", ""))
+
     def permutation(self, part: Part) -> tuple[int, ...]:
         """For each axis of the leaf (less S, for a half) the stored axis."""
         axes = self.stored_axes(part)
@@ -105,6 +111,21 @@ class Target:
             whole[self.permutation(part)[0]] = slice(start, stop)
         return tuple(whole)
 
+    def on_device(self, part: Part, rows: int) -> jax.ShapeDtypeStruct:
+        """`rows` of a part, sharded: each stored axis like its axis of the leaf, or whole where it does not divide."""
+        order, shape = self.permutation(part), list(part.stored.shape)
+        if shape:
+            shape[order[0]] = rows
+        sharding = self.sharding
+        if isinstance(sharding, NamedSharding):
+            spec = (*sharding.spec, *(None,) * (len(self.shape) - len(sharding.spec)))
+            stored: list[Any] = [None] * len(shape)
+            for axis, names in zip(order, spec if part.half is None else (spec[0], *spec[2:]), strict=True):
+                stored[axis] = names if shape[axis] % _devices_along(sharding, names) == 0 else None
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*stored))
+        dtype = jax.dtypes.canonicalize_dtype(part.stored.dtype)  # JAX holds 64 bits only where it is told to
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
+
     def source_bytes(self, rows: int) -> int:
         """Bytes of all parts of `rows` of axis 0."""
         total = self.shape[0] if self.shape else 1
@@ -122,8 +143,18 @@ class Unit:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the source on the device."""
+        """Bytes of the source."""
         return self.target.source_bytes(self.stop - self.start)
+
+    @functools.cached_property
+    def parts(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Its parts as they lie on the devices."""
+        return tuple(self.target.on_device(part, self.stop - self.start) for part in self.target.parts)
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of its parts on all devices together."""
+        return sum(bytes_on_devices(part) for part in self.parts)
 
     @property
     def is_whole(self) -> bool:
@@ -179,8 +210,9 @@ class LoadPlan:
         ]
         if self.coarse_tensors:
             lines.append(
-                f"stored in chunks above {human_bytes(self.unit_bytes)}, so the host holds whole ones: "
-                f"{listed(self.coarse_tensors, 'tensor')}; save with chunk_byte_size to avoid it"
+                f"stored in chunks whose rows take more than {human_bytes(self.unit_bytes)}, so the host holds more: "
+                f"{listed(self.coarse_tensors, 'tensor')}; save with StorageOptions(chunk_byte_size=..., "
+                "shard_axes=(0,)) to avoid it"
             )
         return "\n".join(lines)
 
@@ -222,7 +254,7 @@ def make_plan(
     _check_shapes(source, targets)
     _check_dtypes(source, targets)
     units = tuple(unit for target in targets for unit in _units(target, unit_bytes))
-    largest = max((unit.nbytes for unit in units), default=0)
+    largest = max((unit.device_bytes for unit in units), default=0)
     block = max((_block_bytes(unit) for unit in units), default=0)
     plan = LoadPlan(
         source=source,
@@ -298,7 +330,7 @@ def _check_shapes(source: str, targets: Sequence[Target]) -> None:
         for part in target.parts:
             axes = target.stored_axes(part)
             needed = target.part_shape(part)
-            if part.stored.shape != needed or (axes is not None and len(axes) != len(needed)):
+            if part.stored.shape != needed or (axes is not None and not target.has_axes(axes, part)):
                 as_axes = "" if axes is None else f" (axes {' '.join(axes)})"
                 wrong[part.stored.name] = f"{part.stored.name} {part.stored.shape}{as_axes}, needed {needed}"
     if wrong:
@@ -307,19 +339,28 @@ def _check_shapes(source: str, targets: Sequence[Target]) -> None:
             "of the model, or state the stored axes in mapping={...}.",
             names=wrong,
         )
+    _check_shards(targets)
+
+
+def _devices_along(sharding: NamedSharding, names: Any) -> int:
+    """How many devices share an axis whose entry in the spec is this."""
+    names = () if names is None else (names,) if isinstance(names, str) else names
+    return math.prod(sharding.mesh.shape[name] for name in names)
+
+
+def _check_shards(targets: Sequence[Target]) -> None:
+    """Raises ConfigError where devices would get uneven parts, or a part of a block of scales."""
+    wrong = []
     for target in targets:
-        if target.format is not None:
-            target.format.check_shape(target.shape)
-            _check_shards(target, target.format)
-
-
-def _check_shards(target: Target, fmt: Format) -> None:
-    """Raises ConfigError where a device would get a part of a block of scales."""
-    *_, n, k = target.sharding.shard_shape(target.shape)
-    try:
-        fmt.check_shard(n, k, n_sharded=n != target.shape[-2], k_sharded=k != target.shape[-1])
-    except ValueError as error:
-        raise ConfigError(f"{target.name} {target.shape}: {error}") from None
+        try:
+            *_, n, k = (1, 1, *target.sharding.shard_shape(target.shape))
+            if target.format is not None:
+                n_sharded, k_sharded = n != target.shape[-2], k != target.shape[-1]
+                target.format.check_shard(n, k, n_sharded=n_sharded, k_sharded=k_sharded)
+        except ValueError as error:
+            wrong.append(f"{target.name} {target.shape}: {str(error).splitlines()[0]}")
+    if wrong:
+        raise ConfigError(f"the mesh does not fit. {'; '.join(wrong)}. Use another mesh or sharding")
 
 
 def _check_dtypes(source: str, targets: Sequence[Target]) -> None:
@@ -373,8 +414,8 @@ def _peak(units: Sequence[Unit], prefetch: int) -> int:
         if unit.start == 0:
             resident += _allocated(unit.target)  # before its first unit is quantized
         ahead = itertools.islice(units, i, i + 1 + prefetch)
-        in_flight = sum(other.nbytes * _replicas(other.target) for other in ahead)
-        in_flight += temporary_bytes(unit.target.shape, unit.target.format)
+        in_flight = sum(other.device_bytes for other in ahead)
+        in_flight += temporary_bytes(unit.target.shape, unit.target.format) * len(unit.target.sharding.device_set)
         peak = max(peak, resident + in_flight)
     return peak
 
@@ -382,8 +423,3 @@ def _peak(units: Sequence[Unit], prefetch: int) -> int:
 def _allocated(target: Target) -> int:
     """Bytes of the finished leaf as a GPU's allocator rounds them."""
     return sum(-(-bytes_on_devices(leaf) // ALLOCATION) * ALLOCATION for leaf in jax.tree.leaves(target.stored))
-
-
-def _replicas(target: Target) -> int:
-    """Upper bound of how many copies of a source part the devices hold."""
-    return len(target.sharding.device_set)

@@ -12,15 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moe_online.errors import CorruptCheckpoint, NonFiniteWeight
-from moe_online.loading.mapping import Part
 from moe_online.loading.memory import PeakMeter
 from moe_online.loading.messages import listed
 from moe_online.loading.plan import LoadPlan, Target, Unit, stored_bytes
-from moe_online.loading.quantizer import PartLayout, StepCache, allocate
+from moe_online.loading.quantizer import Compiled, PartLayout, StepCache, allocate
 from moe_online.loading.report import LoadReport, TensorReport
 from moe_online.loading.source import CheckpointSource
 
@@ -72,13 +71,20 @@ def run(plan: LoadPlan, source: CheckpointSource, *, progress: bool) -> tuple[di
     devices = {device: None for target in plan.targets for device in target.sharding.addressable_devices}
     meter, steps, failures = PeakMeter(devices), StepCache(), _Failures()
     leaves: dict[str, _Progressing] = {}
-    with _bar(progress) as bar:
-        task = bar.add_task("loading", total=plan.read_bytes)
-        for unit, parts in _fetched(plan, source, meter, failures):
-            if parts is not None:
-                _store(unit, parts, leaves, steps, meter, failures)
-            bar.update(task, advance=unit.nbytes)
-    failures.raise_if_any(plan.source)
+    try:
+        with _bar(progress) as bar:
+            task = bar.add_task("compiling", total=plan.read_bytes)
+            for unit in plan.units:  # all before the first is read: XLA's autotuning takes memory of its own
+                _step(unit, steps)
+            bar.update(task, description="loading")
+            for unit, parts in _fetched(plan, source, meter, failures):
+                if parts is not None:
+                    _store(unit, parts, leaves, steps, meter, failures)
+                bar.update(task, advance=unit.nbytes)
+        failures.raise_if_any(plan.source)
+    except BaseException:
+        _delete([leaf.array for leaf in leaves.values()])  # a traceback would keep them on the device
+        raise
     report = LoadReport(
         source=plan.source,
         tensors=tuple(_tensor_report(target, leaves[target.name]) for target in plan.targets),
@@ -103,8 +109,7 @@ def _fetched(
     def fetch(unit: Unit) -> list[jax.Array] | None:
         try:
             parts = [
-                jax.device_put(host, _part_sharding(unit.target, part, host.shape))
-                for part, host in zip(unit.target.parts, reader.read(unit), strict=True)
+                jax.device_put(host, aval.sharding) for host, aval in zip(reader.read(unit), unit.parts, strict=True)
             ]
         except CorruptCheckpoint as error:
             failures.corrupt.append(error)
@@ -169,13 +174,13 @@ def _store(
     if target.name not in leaves:
         leaves[target.name] = _Progressing(allocate(target.stored))
     leaf = leaves[target.name]
-    layouts = tuple(PartLayout(permutation=target.permutation(part), half=part.half) for part in target.parts)
-    step = steps.get(target.stored, layouts, parts)
-    leaf.array, stats = step.call(leaf.array, parts, np.int32(unit.start))
-    jax.block_until_ready((leaf.array, stats))
-    meter.sample(step.temporary_bytes)
-    for part in parts:
-        part.delete()
+    step = _step(unit, steps)
+    try:
+        leaf.array, stats = step.call(leaf.array, parts, np.int32(unit.start))
+        jax.block_until_ready((leaf.array, stats))
+        meter.sample(step.temporary_bytes * len(target.sharding.device_set))
+    finally:
+        _delete(parts)
     stats = jax.device_get(stats)
     for source, finite in zip(target.parts, stats.finite, strict=True):
         if not finite:
@@ -185,19 +190,16 @@ def _store(
     leaf.seconds += time.perf_counter() - begin
 
 
-def _part_sharding(target: Target, part: Part, shape: tuple[int, ...]) -> Sharding:
-    """Where a part goes: each stored axis like its axis of the leaf, or whole where it does not divide."""
-    if not isinstance(target.sharding, NamedSharding):
-        return target.sharding
-    spec = (*target.sharding.spec, *(None,) * (len(target.shape) - len(target.sharding.spec)))
-    if part.half is not None:
-        spec = (spec[0], *spec[2:])
-    stored: list[Any] = [None] * len(shape)
-    for axis, name in zip(target.permutation(part), spec, strict=True):
-        names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
-        devices = int(np.prod([target.sharding.mesh.shape[n] for n in names]))
-        stored[axis] = name if shape[axis] % devices == 0 else None
-    return NamedSharding(target.sharding.mesh, PartitionSpec(*stored))
+def _step(unit: Unit, steps: StepCache) -> Compiled:
+    """The function that stores a unit, compiled if no unit like it came before."""
+    target = unit.target
+    layouts = tuple(PartLayout(permutation=target.permutation(part), half=part.half) for part in target.parts)
+    return steps.get(target.stored, layouts, unit.parts)
+
+
+def _delete(arrays: Any) -> None:
+    for array in jax.tree.leaves(arrays):
+        array.delete()
 
 
 def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
@@ -226,6 +228,7 @@ def _bar(visible: bool) -> Progress:
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
+        console=Console(stderr=True),
         disable=not visible,
         transient=True,
     )

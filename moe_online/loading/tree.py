@@ -51,7 +51,7 @@ def flatten(abstract: Any) -> AbstractTree:
     """Lists the leaves of a pytree of `ShapeDtypeStruct`s, an abstract nnx module or linen variables.
 
     Raises:
-      ConfigError: a leaf that is no `ShapeDtypeStruct`; `expert_map` alone may be an array, and is kept.
+      ConfigError: no leaf, or one that is no `ShapeDtypeStruct`; `expert_map` alone may be an array, and is kept.
     """
     if isinstance(abstract, nnx.Module):
         graph, state = nnx.split(abstract)
@@ -109,6 +109,8 @@ def _join(layer: str, field: str) -> str:
 
 
 def _check(leaves: list[Leaf]) -> None:
+    if not leaves:
+        raise ConfigError("the abstract model has no leaf: there is nothing to load")
     concrete = [leaf.name for leaf in leaves if not isinstance(leaf.aval, jax.ShapeDtypeStruct)]
     if concrete:
         raise ConfigError(

@@ -27,9 +27,9 @@ CHUNK = 64 * 2**20
 
 @pytest.mark.parametrize("scheme", sorted(SHORTHANDS))
 def test_weights_have_the_bits_of_the_cpu(scheme):
-    here = load_shipped(scheme).params
+    here = load_shipped(scheme)
     with jax.default_device(jax.devices("cpu")[0]):
-        there = load_shipped(scheme).params
+        there = load_shipped(scheme)
     pairs = zip(jax.tree.leaves(nnx.state(here)), jax.tree.leaves(nnx.state(there)), strict=True)
     for found, expected in pairs:
         assert {d.platform for d in found.devices()} == {"gpu"}
@@ -53,10 +53,8 @@ def test_model_runs_as_on_the_cpu():
     text = heldout()[:8193]
     for scheme in (None, "fp8_per_block", "int8_w8a8"):
         with jax.default_device(jax.devices("cpu")[0]):
-            reference = [
-                np.asarray(b) for b in log_probabilities(load_shipped(scheme).params, text, window=512, batch=8)
-            ]
-        found = evaluate(load_shipped(scheme).params, text, window=512, batch=8, reference=reference)
+            reference = [np.asarray(b) for b in log_probabilities(load_shipped(scheme), text, window=512, batch=8)]
+        found = evaluate(load_shipped(scheme), text, window=512, batch=8, reference=reference)
         print(f"{scheme}: KL of GPU to CPU {found.kl_per_byte:.6f}, {found.bits_per_byte:.4f} bits per byte")
         assert found.kl_per_byte < 6e-3  # other orders of sums, so other roundings to bf16 and other activation codes
 

@@ -1,0 +1,98 @@
+"""Four devices: the bits of one, placed as declared. In a process of its own, where a CPU counts as four."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SETUP = """
+import json
+import jax
+
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import moe_online
+from moe_online.errors import ConfigError
+from sources import KEN_MAPPING, as_ken, check_quantized, declared, ours, quiet_load
+from tolerance import assert_same_bits
+
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("expert", "tensor"))
+tree = ours(e=4, h=320, i=256)
+"""
+BITS = """
+rows = []
+for scheme in ("fp8_per_block", "fp8_per_channel", "int8_w8a16", None):
+    for source, mapping in ((tree, None), (as_ken(tree), KEN_MAPPING), (jax.tree.map(jax.numpy.asarray, tree), None)):
+        for unit_bytes in (2**28, 1) if mapping is None else (2**28,):
+            arguments = {"quantization": scheme, "mapping": mapping, "unit_bytes": unit_bytes}
+            plan = moe_online.plan(declared(tree, mesh=mesh), source, **arguments)
+            params, report = quiet_load(declared(tree, mesh=mesh), source, **arguments)
+            here, there = params["l0"], declared(tree, mesh=mesh)["l0"]
+            for name in ("w13_weight", "w2_weight"):
+                weight, sharding = getattr(here, name), getattr(there, name).sharding
+                if scheme is None:
+                    assert_same_bits(weight, tree["l0"][name])
+                    assert weight.sharding == sharding
+                else:
+                    assert weight.values.sharding == sharding
+                    children = jax.tree.leaves(weight.shardings(sharding))
+                    assert [leaf.sharding for leaf in jax.tree.leaves(weight)] == children
+                    assert len({shard.device for shard in weight.values.addressable_shards}) == 4
+                    assert weight.values.addressable_shards[0].data.nbytes * 4 == weight.values.nbytes
+            if scheme is not None:
+                check_quantized(params, tree, here.w2_weight.format.name)
+            rows.append([report.resident_bytes, report.peak_bytes, plan.peak_bytes])
+print(json.dumps(rows))
+"""
+ERRORS = """
+found = []
+
+
+def refused(abstract, **arguments):
+    for function in (moe_online.plan, quiet_load):
+        try:
+            function(abstract, tree, **arguments)
+        except ConfigError as error:
+            found.append(str(error))
+        else:
+            found.append("nothing")
+
+
+tree = ours(e=4, h=320, i=200)  # 100 rows on each device: no whole blocks of 128
+refused(declared(tree, mesh=mesh), quantization="fp8_per_block")
+quiet_load(declared(tree, mesh=mesh), tree, quantization="fp8_per_channel")
+tree = ours(e=3, h=64, i=31)
+
+
+def place(name, leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec("expert")))
+
+
+refused({"l0": {name: place(name, leaf) for name, leaf in tree["l0"].items()}})
+print(json.dumps(found))
+"""
+
+
+def run(code, request):
+    support = str(request.config.rootpath / "tests" / "support")
+    code = f"import sys; sys.path.insert(0, {support!r})\n{SETUP}{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.smoke
+def test_bits_and_places(request):
+    for resident, peak, planned in run(BITS, request):
+        assert resident <= peak <= planned
+
+
+def test_shards_that_do_not_fit(request):
+    blocks, blocks_loaded, uneven, uneven_loaded = run(ERRORS, request)
+    assert blocks == blocks_loaded
+    assert all(words in blocks for words in ("l0.w13_weight", "l0.w2_weight", "100", "block"))
+    assert uneven == uneven_loaded
+    assert all(words in uneven for words in ("l0.w13_weight", "l0.w2_weight", "(3, 64, 31)"))

@@ -1,0 +1,106 @@
+"""Plan and report: the numbers, and that each way of showing them works."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import moe_online
+from numpy_quantizer import dequantize_numpy, quantize_numpy
+from sources import KEN_MAPPING, as_ken, declared, ours, quiet_load
+
+pytestmark = pytest.mark.smoke
+TREE = ours(e=3, h=160, i=96, layers=2)
+SCHEMES = {"fp8_per_block": "fp8_per_block", "fp8_per_channel": "fp8_per_channel", "int8_w8a16": "int8_per_channel"}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    config = {"moe": "fp8_per_block", "ignore": ["l0"]}
+    arguments = {"quantization": config, "mapping": KEN_MAPPING}
+    return moe_online.plan(declared(TREE), as_ken(TREE), **arguments), quiet_load(
+        declared(TREE), as_ken(TREE), **arguments
+    ).report
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 2**28])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_errors_are_those_of_numpy(scheme, unit_bytes):
+    tree = {"l0": TREE["l0"]}
+    report = quiet_load(declared(tree), tree, quantization=scheme, unit_bytes=unit_bytes).report
+    for tensor in report.tensors:
+        x = tree["l0"][tensor.name.removeprefix("l0.")]
+        format = SCHEMES[scheme]
+        error = np.square(dequantize_numpy(*quantize_numpy(x, format), format) - x.astype(np.float64))
+        norm = np.square(x.astype(np.float64))
+        assert tensor.error == pytest.approx(np.sqrt(error.sum() / norm.sum()), rel=1e-3)
+        axes = tuple(range(1, x.ndim))
+        worst = np.sqrt((error.sum(axis=axes) / norm.sum(axis=axes)).max())
+        assert tensor.worst_expert_error == pytest.approx(worst, rel=1e-3)
+        assert 0.001 < tensor.error <= tensor.worst_expert_error < 0.05
+
+
+def test_an_expert_of_zeros_has_no_error():
+    tree = {"l0": {name: np.zeros_like(x) for name, x in TREE["l0"].items()}}
+    for tensor in quiet_load(declared(tree), tree, quantization="int8_w8a16").report.tensors:
+        assert tensor.error == tensor.worst_expert_error == 0
+
+
+def test_json(loaded):
+    plan, report = (json.loads(json.dumps(part.to_json())) for part in loaded)
+    assert plan["read_bytes"] == report["read_bytes"] == sum(x.nbytes for x in jax.tree.leaves(TREE))
+    assert plan["resident_bytes"] == report["resident_bytes"] == sum(t["stored_bytes"] for t in report["tensors"])
+    assert plan["peak_bytes"] == report["planned_peak_bytes"] >= report["peak_bytes"]
+    common = ("name", "sources", "shape", "scheme", "rule", "source_bytes", "stored_bytes")
+    assert [[t[key] for key in common] for t in plan["tensors"]] == [
+        [t[key] for key in common] for t in report["tensors"]
+    ]
+    first = report["tensors"][0]
+    assert first["name"] == "l0.w13_weight"
+    assert first["sources"] == ["l0.w_gate", "l0.w_up"]
+    assert first["shape"] == [3, 2, 96, 160]
+    assert report["seconds"] > 0
+    assert set(report) == {field.name for field in dataclasses.fields(loaded[1])}
+
+
+def test_rules_and_schemes(loaded):
+    facts = [(tensor.rule, tensor.scheme, tensor.error is None) for tensor in loaded[1].tensors]
+    ignored = ("ignore: l0", "bfloat16", True)
+    assert facts == [ignored] * 2 + [("moe", "fp8_per_block / fp8_per_group", False)] * 2
+
+
+def test_tables(loaded):
+    for part in loaded:
+        console = Console(record=True, width=140, file=io.StringIO())
+        console.print(part)
+        text = console.export_text()
+        assert str(part) in text or str(part).splitlines()[2] in text
+        for words in ("l0.w13_weight", "l1.w2_weight", "fp8_per_block", "ignore: l0", "in memory", "peak"):
+            assert words in text
+    assert "%" in str(loaded[1])
+
+
+def test_equal_layers_share_a_row():
+    text = str(moe_online.plan(declared(TREE), TREE))
+    assert "l*.w13" not in text  # a number that is a part of a name is no index
+    tree = {"layers": {str(i): TREE["l0"] for i in range(3)}}
+    abstract = {"layers": {str(i): declared(TREE)["l0"] for i in range(3)}}
+    text = str(moe_online.plan(abstract, tree))
+    assert text.count("layers.*.w13_weight") == text.count("layers.*.w2_weight") == 1
+
+
+def test_picture(loaded, tmp_path):
+    loaded[1].plot(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_progress_bar(capsys):
+    tree = {"l0": TREE["l0"]}
+    moe_online.load(declared(tree), tree)
+    assert not "".join(capsys.readouterr()).strip()  # no terminal: no bar
+    moe_online.load(declared(tree), tree, progress=False)
+    assert not "".join(capsys.readouterr())

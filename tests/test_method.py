@@ -1,0 +1,215 @@
+"""The life of one layer's experts against numpy: declared, quantized, applied."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+
+import definition
+from moe_online.config import MoEConfig
+from moe_online.errors import ConfigError
+from moe_online.experts import ExpertWeights
+from moe_online.layer import moe_layer
+from moe_online.method import OnlineMoEMethodBase, get_method
+from moe_online.schemes import SHORTHANDS, QuantSpec
+from pallas_kernels import UnsupportedError
+from sources import BF16, check_quantized, random
+from tolerance import assert_close, assert_same_bits
+
+pytestmark = pytest.mark.smoke
+E, H, INNER, T = 4, 160, 96, 33
+MOE = MoEConfig(num_experts=E, top_k=2, hidden_size=H, intermediate_size=INNER)
+BATCH, ROW = 4e-3, 2e-2  # three roundings to bf16, of gate and up, of the activation and of the result
+CODES_BATCH, CODES_ROW = 1e-2, 5e-2  # and activation codes that fall to the other side of a tie
+SCHEMES = ["fp8_per_block", "fp8_per_channel", "int8_w8a8", "int8_w8a16", None]
+
+
+def even(*shape, seed):
+    """Rows of one size, so that no output is a small difference of large ones."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+TREE = {
+    "w13_weight": (even(E, 2, INNER, H, seed=1) / np.sqrt(H)).astype(BF16),
+    "w2_weight": (even(E, H, INNER, seed=2) / np.sqrt(INNER)).astype(BF16),
+}
+X = even(T, H, seed=3).astype(BF16)
+LOGITS = even(T, E, seed=4)
+
+
+def weights(**more):
+    return ExpertWeights(**{name: jnp.asarray(x) for name, x in TREE.items()}, orig_dtype=BF16, **more)
+
+
+def processed(scheme, moe=MOE, **more):
+    method = get_method(scheme, moe)
+    return method, jax.jit(method.process_weights_after_loading)(weights(**more))
+
+
+def expected(scheme, logits=LOGITS, top_k=2, **more):
+    spec = QuantSpec(None, None) if scheme is None else SHORTHANDS[scheme].moe
+    weight, activation = (fmt and fmt.name for fmt in (spec.weight, spec.activation))
+    w13, w2 = (definition.real(x, weight) for x in TREE.values())
+    routed = definition.route(logits, top_k)
+    return definition.fused_moe(X, w13, w2, *routed, act_format=activation, **more)
+
+
+def tolerances(scheme):
+    quantizes_inputs = scheme is not None and SHORTHANDS[scheme].moe.activation is not None
+    return {"batch": CODES_BATCH, "worst_row": CODES_ROW} if quantizes_inputs else {"batch": BATCH, "worst_row": ROW}
+
+
+def test_create_weights():
+    mesh = AbstractMesh((2, 2), ("expert", "tensor"))
+    method = get_method("fp8_per_block", dataclasses.replace(MOE, has_bias=True))
+    declared = method.create_weights(E, H, INNER, jnp.bfloat16, mesh=mesh)
+    assert all(
+        isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(declared)
+    )
+    assert declared.w13_weight.shape == (E, 2, INNER, H)  # declared as it is before quantization
+    assert (declared.w13_bias.shape, declared.w2_bias.shape) == ((E, 2, INNER), (E, H))
+    assert get_method(None, MOE).create_weights(E, H, INNER, jnp.float16).w13_bias is None
+    with pytest.raises(TypeError, match="weight_loader"):
+        method.create_weights(E, H, INNER, jnp.bfloat16, weight_loader=print)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:-1])
+def test_process_weights(scheme):
+    bias = jnp.asarray(random(E, 2, INNER))
+    _, found = processed(scheme, w13_bias=bias)
+    check_quantized({"l": found}, {"l": TREE}, SHORTHANDS[scheme].moe.weight.name)
+    assert found.activation_format == SHORTHANDS[scheme].moe.activation
+    assert_same_bits(found.w13_bias, bias)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES[:-1])
+def test_processing_twice_is_refused(scheme):
+    method, quantized = processed(scheme)
+    for again in (method, get_method(None, MOE)):
+        with pytest.raises(ValueError, match="w13_weight is quantized already"):
+            again.process_weights_after_loading(quantized)
+
+
+def test_no_scheme_leaves_weights():
+    given = weights()
+    assert get_method(None, MOE).process_weights_after_loading(given) is given
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_apply(scheme):
+    method, given = processed(scheme)
+    topk_weights, topk_ids = definition.route(LOGITS, 2)
+    found = jax.jit(method.apply)(given, X, jnp.asarray(topk_weights, jnp.float32), jnp.asarray(topk_ids, jnp.int32))
+    assert found.dtype == BF16
+    assert_close(found, expected(scheme), **tolerances(scheme))
+    swapped = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), given)
+    with pytest.raises(AssertionError):
+        assert_close(jax.jit(method.apply_monolithic)(swapped, X, LOGITS), expected(scheme), **tolerances(scheme))
+
+
+def test_apply_monolithic_routes():
+    method, given = processed("fp8_per_block")
+    found = jax.jit(method.apply_monolithic)(given, X, LOGITS)
+    assert_close(found, expected("fp8_per_block"), **tolerances("fp8_per_block"))
+    moe = dataclasses.replace(MOE, top_k=3, renormalize=False, scoring="sigmoid", routed_scaling_factor=2.5)
+    routed = definition.route(LOGITS, 3, scoring="sigmoid", renormalize=False, factor=2.5)
+    by_definition = definition.fused_moe(X, *(definition.real(x) for x in TREE.values()), *routed)
+    assert_close(
+        get_method(None, moe).apply_monolithic(weights(), X, LOGITS), by_definition, batch=BATCH, worst_row=ROW
+    )
+
+
+def test_correction_bias_is_not_ignored():
+    given = weights(e_score_correction_bias=jnp.ones(E))
+    with pytest.raises(UnsupportedError, match="e_score_correction_bias"):
+        get_method(None, MOE).apply_monolithic(given, X, LOGITS)
+
+
+def test_biases():
+    b13, b2 = (even(*shape, seed=9).astype(BF16) for shape in ((E, 2, INNER), (E, H)))
+    method, given = processed("int8_w8a16", w13_bias=jnp.asarray(b13), w2_bias=jnp.asarray(b2))
+    found = jax.jit(method.apply_monolithic)(given, X, LOGITS)
+    by_definition = expected("int8_w8a16", b13=definition.real(b13), b2=definition.real(b2))
+    assert_close(found, by_definition, batch=BATCH, worst_row=ROW)
+
+
+def test_expert_map():
+    """Of 8 experts anywhere 4 are here; the others contribute nothing."""
+    places = np.int32([-1, 0, -1, 1, 2, -1, -1, 3])
+    logits = even(T, 8, seed=5)
+    method, given = processed("fp8_per_block", expert_map=jnp.asarray(places))
+    found = jax.jit(method.apply_monolithic)(given, X, logits)
+    by_definition = expected("fp8_per_block", logits, expert_map=places)
+    assert_close(found, by_definition, **tolerances("fp8_per_block"))
+
+
+def test_permuted_experts_change_nothing():
+    order = np.array([2, 0, 3, 1])
+    method, given = processed("fp8_per_block")
+    moved = jax.tree.map(lambda leaf: leaf[order], given)
+    expected = jax.jit(method.apply_monolithic)(given, X, LOGITS)
+    found = jax.jit(method.apply_monolithic)(moved, X, LOGITS[:, order])
+    assert_close(found, expected, batch=BATCH, worst_row=ROW)
+    with pytest.raises(AssertionError):
+        assert_close(jax.jit(method.apply_monolithic)(moved, X, LOGITS), expected, batch=BATCH, worst_row=ROW)
+
+
+def test_functional_layer():
+    router = even(H, E, seed=6).astype(BF16)
+    x = X[:32].reshape(4, 8, H)
+    _, given = processed("int8_w8a16")
+    found = jax.jit(moe_layer, static_argnums=3)(x, router, given, MOE)
+    assert (found.shape, found.dtype) == (x.shape, x.dtype)
+    logits = X.astype(np.float64) @ router.astype(np.float64)
+    by_definition = expected("int8_w8a16", logits)[:32].reshape(x.shape)
+    assert_close(found, by_definition, batch=BATCH, worst_row=ROW)
+
+
+def test_flags_and_refusals():
+    method = get_method("fp8_per_block", MOE)
+    assert method.uses_meta_device
+    assert method.supports_eplb
+    with pytest.raises(ValueError, match=r"SpecMethod\.maybe_make_prepare_finalize must not be called"):
+        method.maybe_make_prepare_finalize()
+    topk_weights, topk_ids = jnp.ones((T, 2)), jnp.zeros((T, 2), jnp.int32)
+    with pytest.raises(ValueError, match="no shared experts"):
+        method.apply(weights(), X, topk_weights, topk_ids, shared_experts_input=X)
+    with pytest.raises(TypeError, match="abstract"):
+        OnlineMoEMethodBase(MOE)
+
+
+def test_a_method_of_ones_own():
+    class Halving(OnlineMoEMethodBase):
+        def process_weights_after_loading(self, weights):
+            return dataclasses.replace(weights, w2_weight=weights.w2_weight / 2)
+
+    method = Halving(MOE)
+    with pytest.raises(ValueError, match=r"Halving\.maybe_make_prepare_finalize"):
+        method.maybe_make_prepare_finalize()
+    found = jax.jit(method.apply_monolithic)(method.process_weights_after_loading(weights()), X, LOGITS)
+    assert_close(found, expected(None) / 2, batch=BATCH, worst_row=ROW)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "error", "says"),
+    [
+        ("fp7", ConfigError, "valid names: .*fp8_per_block"),
+        ({"activation": "fp8_per_token"}, ConfigError, "no weight format"),
+        ({"weights": "fp8_per_block"}, ConfigError, "unknown keys"),
+        (QuantSpec(None, None), ConfigError, "no weight format"),
+        (8, TypeError, "not int"),
+    ],
+)
+def test_unknown_schemes(scheme, error, says):
+    with pytest.raises(error, match=says):
+        get_method(scheme, MOE)
+
+
+@pytest.mark.parametrize(
+    "scheme", ["int8_per_channel", {"weight": "int8_per_channel"}, QuantSpec("int8_per_channel", None)]
+)
+def test_ways_to_name_a_scheme(scheme):
+    assert get_method(scheme, MOE).spec == QuantSpec("int8_per_channel", None)
