@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -48,9 +49,10 @@ class MoE(nnx.Module):
             use_bias=False,
             dtype=jnp.float32,
             param_dtype=param_dtype,
+            kernel_init=init_kernel,
             rngs=rngs,
         )
-        self.experts = nnx.Param(_init_experts(config, rngs.params(), param_dtype))
+        self.experts = nnx.Param(_init_experts(rngs.params(), config, jnp.dtype(param_dtype)))
         self.config, self.dtype = config, None if dtype is None else jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
@@ -59,7 +61,12 @@ class MoE(nnx.Module):
         return moe_layer(x, self.router.kernel[...], self.experts.get_value(), self.config)
 
 
-def _init_experts(config: MoEConfig, key: jax.Array, dtype: Any) -> ExpertWeights:
+# As one function each: flax looks through all operations traced so far for every parameter that it declares.
+init_kernel = jax.jit(nnx.initializers.lecun_normal(), static_argnums=(1, 2, 3))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _init_experts(key: jax.Array, config: MoEConfig, dtype: Any) -> ExpertWeights:
     e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
     scale = {"in_axis": -1, "out_axis": -2}
     keys = jax.random.split(key)

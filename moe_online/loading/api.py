@@ -14,10 +14,11 @@ from moe_online.experts import default_sharding, expert_spec
 from moe_online.loading import stream
 from moe_online.loading.mapping import assign
 from moe_online.loading.orbax import OrbaxSource
-from moe_online.loading.plan import LoadPlan, Target, choose_specs, make_plan
+from moe_online.loading.plan import LoadPlan, choose_specs, make_plan
 from moe_online.loading.report import LoadReport
 from moe_online.loading.source import CheckpointSource, MemorySource, Prefixed
 from moe_online.loading.tree import AbstractTree, Leaf, flatten
+from moe_online.loading.units import Target
 from moe_online.schemes import QuantSpec
 
 UNIT_BYTES = 256 * 2**20

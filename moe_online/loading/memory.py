@@ -35,11 +35,17 @@ class PeakMeter:
         self._highest_rss = self._start_rss
 
     def sample(self, temporary_bytes: int = 0) -> None:
-        """Notes how much is in use now; on a CPU the argument adds to that."""
-        now = self._in_use() + temporary_bytes
+        """Notes how much is in use now, between programs; on a CPU the argument adds to that."""
+        self._highest = max(self._highest, self._in_use() + temporary_bytes)
+        self.sample_host()
+
+    def sample_host(self) -> None:
+        """Notes the process's memory alone; from any thread.
+
+        Arrays on a CPU would count twice meanwhile: as arguments of the program that runs, and as its results.
+        """
         rss = self._process.memory_info().rss
         with self._lock:
-            self._highest = max(self._highest, now)
             self._highest_rss = max(self._highest_rss, rss)
 
     @property

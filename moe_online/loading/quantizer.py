@@ -77,7 +77,7 @@ class PartLayout:
         block = take(part, tuple(stored_starts), tuple(stored_sizes))
         if self.permutation == tuple(range(part.ndim)):
             return block
-        # Without the first, XLA:GPU transposes a copy of the whole part; without the second, XLA:CPU is 10 times slower.
+        # Without the first XLA:GPU transposes a copy of the whole part, without the second XLA:CPU is 10 times slower.
         return row_major(jnp.transpose(row_major(block), self.permutation))
 
 

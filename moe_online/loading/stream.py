@@ -18,10 +18,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from moe_online.errors import CorruptCheckpoint, NonFiniteWeight
 from moe_online.loading.memory import PeakMeter
 from moe_online.loading.messages import listed
-from moe_online.loading.plan import LoadPlan, Target, Unit, stored_bytes
+from moe_online.loading.plan import LoadPlan
 from moe_online.loading.quantizer import Compiled, PartLayout, StepCache, allocate
 from moe_online.loading.report import LoadReport, TensorReport
 from moe_online.loading.source import CheckpointSource
+from moe_online.loading.units import Target, Unit, stored_bytes
 
 
 @dataclasses.dataclass
@@ -114,7 +115,7 @@ def _fetched(
         except CorruptCheckpoint as error:
             failures.corrupt.append(error)
             return None
-        meter.sample()
+        meter.sample_host()
         return parts
 
     with ThreadPoolExecutor(1, thread_name_prefix="moe-online-reader") as pool:
@@ -171,11 +172,11 @@ def _store(
     """Writes one unit into its leaf and frees its source."""
     begin = time.perf_counter()
     target = unit.target
-    if target.name not in leaves:
-        leaves[target.name] = _Progressing(allocate(target.stored))
-    leaf = leaves[target.name]
     step = _step(unit, steps)
     try:
+        if target.name not in leaves:
+            leaves[target.name] = _Progressing(allocate(target.stored))
+        leaf = leaves[target.name]
         leaf.array, stats = step.call(leaf.array, parts, np.int32(unit.start))
         jax.block_until_ready((leaf.array, stats))
         meter.sample(step.temporary_bytes * len(target.sharding.device_set))

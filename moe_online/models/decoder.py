@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_online.config import MoEConfig
 from moe_online.errors import ConfigError
+from moe_online.flax.nnx import MoE, init_kernel
 from pallas_kernels import Activation
 
 if TYPE_CHECKING:
@@ -171,7 +172,9 @@ class Attention(nnx.Module):
     """Causal grouped-query attention with rotary embedding."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
-        linear = functools.partial(nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear = functools.partial(
+            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, kernel_init=init_kernel, rngs=rngs
+        )
         features, kv_features = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
         self.q_proj = linear(config.hidden_size, features)
         self.k_proj = linear(config.hidden_size, kv_features)
@@ -253,8 +256,6 @@ class Decoder(nnx.Module):
         param_dtype: DTypeLike = jnp.bfloat16,
     ):
         if moe is None:
-            from moe_online.flax import MoE
-
             moe = functools.partial(MoE, dtype=dtype, param_dtype=param_dtype)
         self.config, self.dtype = config, jnp.dtype(dtype)
         self.embed = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=param_dtype, rngs=rngs)

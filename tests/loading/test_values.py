@@ -103,7 +103,7 @@ def test_plain_leaf_with_stated_axes(weight):
     codes, scales = quantize_numpy(swapped(stored), weight)
     assert_same_bits(params["mlp"]["wi"].values, codes)
     assert_same_bits(params["mlp"]["wi"].scales, scales)
-    assert [tensor.rule for tensor in report.tensors] == ["moe", "not an expert weight"]
+    assert [tensor.rule for tensor in report.tensors] == ["moe", "dense"]
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
