@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from moe_online.errors import ConfigError, MissingWeights, UnexpectedWeights
 from moe_online.loading.messages import listed
@@ -103,11 +103,10 @@ def assign(
     by_name = {leaf.name: leaf for leaf in leaves}
     found: dict[str, list[Part]] = {leaf.name: [] for leaf in leaves}
     used, surplus = set(), {}
-    for name, stored in tensors.items():
-        rule = _rule_for(name, rules)
+    for (name, stored), rule in zip(tensors.items(), _choose_rules(tensors, rules), strict=True):
         used.add(rule)
         target = name if rule is None else rule.apply(name)
-        assert target is not None  # _rule_for took a rule that matches
+        assert target is not None  # the rule was chosen because it matches
         owner, half = _owner(target, by_name)
         if owner is None:
             surplus[name] = name if target == name else f"{name} (mapped to {target})"
@@ -121,15 +120,18 @@ def assign(
     return {name: tuple(sorted(parts, key=lambda part: part.half or 0)) for name, parts in found.items()}
 
 
-def _rule_for(name: str, rules: Sequence[Rule]) -> Rule | None:
-    """The rule for a stored tensor: an exact name wins over patterns, of which only one may match."""
-    matching = [rule for rule in rules if rule.regex.fullmatch(name)]
-    exact = [rule for rule in matching if rule.pattern == name]
-    chosen = exact or matching
-    if len(chosen) > 1:
-        patterns = ", ".join(repr(rule.pattern) for rule in chosen)
-        raise ConfigError(f"several mapping rules match {name}: {patterns}; make them exclusive")
-    return chosen[0] if chosen else None
+def _choose_rules(names: Iterable[str], rules: Sequence[Rule]) -> list[Rule | None]:
+    """The rule for each stored tensor: an exact name wins over patterns, of which only one may match."""
+    chosen, ambiguous = [], []
+    for name in names:
+        matching = [rule for rule in rules if rule.regex.fullmatch(name)]
+        matching = [rule for rule in matching if rule.pattern == name] or matching
+        chosen.append(matching[0] if matching else None)
+        if len(matching) > 1:
+            ambiguous.append(f"{name} ({', '.join(repr(rule.pattern) for rule in matching)})")
+    if ambiguous:
+        raise ConfigError(f"several mapping rules match {', '.join(ambiguous)}; make them exclusive")
+    return chosen
 
 
 def _owner(target: str, leaves: Mapping[str, Leaf]) -> tuple[str | None, int | None]:
@@ -145,16 +147,17 @@ def _owner(target: str, leaves: Mapping[str, Leaf]) -> tuple[str | None, int | N
 def _check_missing(
     found: Mapping[str, Sequence[Part]], leaves: Mapping[str, Leaf], tensors: Mapping[str, StoredTensor], where: str
 ) -> None:
-    missing = []
+    missing, crowded = [], []
     for name, parts in found.items():
         halves = [part.half for part in parts]
         if sorted(str(half) for half in halves) not in ([], ["None"], ["0"], ["1"], ["0", "1"]):
-            names = ", ".join(part.stored.name for part in parts)
-            raise ConfigError(f"several tensors of {where} become {name}: {names}; change the mapping")
+            crowded.append(f"{name} ({', '.join(part.stored.name for part in parts)})")
         if not halves:
             missing.append(name)
         elif halves != [None]:
             missing += [f"{name}.{half}" for i, half in enumerate(HALVES) if i not in halves]
+    if crowded:
+        raise ConfigError(f"several tensors of {where} become one leaf: {', '.join(crowded)}; change the mapping")
     if missing:
         raise MissingWeights(
             f"{where} lacks {listed(missing, 'tensor')} of the model. {_remedy(missing, leaves, tensors)}",

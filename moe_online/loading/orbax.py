@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from moe_online.loading.source import Index, StoredTensor
 from moe_online.loading.tree import path_name
 
 METADATA = "_METADATA"  # the file that makes a folder a pytree item
+STEP = re.compile(r"(?:step_)?(\d+)")  # folders of a CheckpointManager, with or without its usual prefix
 
 
 class OrbaxSource:
@@ -98,9 +100,9 @@ def _find_item(path: epath.Path, keys: Sequence[str]) -> tuple[epath.Path, list[
 def _only_child(path: epath.Path) -> epath.Path:
     """The last step of a CheckpointManager, or the only item that holds a pytree."""
     children = [child for child in path.iterdir() if child.is_dir()] if path.is_dir() else []
-    steps = [child for child in children if child.name.isdecimal()]
+    steps = {child: match for child in children if (match := STEP.fullmatch(child.name))}
     if steps:
-        return max(steps, key=lambda child: int(child.name))
+        return max(steps, key=lambda child: int(steps[child].group(1)))
     items = sorted((child for child in children if (child / METADATA).exists()), key=str)
     if len(items) == 1:
         return items[0]

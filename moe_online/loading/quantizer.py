@@ -162,7 +162,9 @@ def copy_step(stored: jax.ShapeDtypeStruct, layouts: Sequence[PartLayout]) -> Ca
     def step(out: Array, parts: Sequence[Array], start: Array) -> tuple[Array, Stats]:
         finite = []
         for part, layout in zip(parts, layouts, strict=True):
-            if part.ndim == 0:
+            if part.size == 0:
+                highest = jnp.float32(0)
+            elif part.ndim == 0:
                 out, highest = part.astype(out.dtype), _highest(part)
             else:
                 out, highest = copy_part(out, part, layout, start)

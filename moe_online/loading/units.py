@@ -156,6 +156,8 @@ def stored_bytes(target: Target) -> int:
 def cut_units(target: Target, unit_bytes: int) -> Iterator[Unit]:
     """Cuts a leaf: blocks of whole stored chunks, and units of at least one row within each."""
     rows = num_rows(target)
+    if rows == 0:
+        yield Unit(target=target, start=0, stop=0, block=(0, 0))
     row_bytes = max(1, target.source_bytes(1))
     chunk = math.lcm(*(_chunk_rows(target, part) for part in target.parts)) if target.shape else 1
     per_unit = max(1, unit_bytes // row_bytes)

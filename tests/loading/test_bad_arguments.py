@@ -87,7 +87,8 @@ def test_malformed_mapping(pattern, rule, says):
 
 
 def test_ambiguous_mapping():
-    refused("l0.w_down", "'*.w_down', 'l0.*'", source=as_ken(TREE), mapping={**KEN_MAPPING, "l0.*": "-> x"})
+    both = [f"l0.w_{name} ('*.w_{name}', 'l0.*')" for name in ("gate", "up", "down")]  # all are named
+    refused(*both, source=as_ken(TREE), mapping={**KEN_MAPPING, "l0.*": "-> x"})
     exact = {**KEN_MAPPING, "*.w_*": "-> *.x"}
     refused("several mapping rules", source=as_ken(TREE), mapping=exact)
 

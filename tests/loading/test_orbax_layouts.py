@@ -93,6 +93,17 @@ def test_steps_of_a_checkpoint_manager(tmp_path):
 
 
 @PLAIN_JAX
+def test_steps_with_a_prefix(tmp_path):
+    options = orbax.checkpoint.CheckpointManagerOptions(step_prefix="step")
+    with orbax.checkpoint.CheckpointManager(tmp_path / "run", options=options) as manager:
+        for step, tree in ((9, OTHER), (10, TREE)):
+            manager.save(step, args=orbax.checkpoint.args.StandardSave(on_device(as_ken(tree))))
+        manager.wait_until_finished()
+    check(tmp_path / "run")
+    check(tmp_path / "run", prefix="step_9", tree=OTHER)
+
+
+@PLAIN_JAX
 def test_items(tmp_path):
     args = orbax.checkpoint.args
     with orbax.checkpoint.CheckpointManager(tmp_path / "run") as manager:

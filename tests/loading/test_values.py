@@ -283,6 +283,18 @@ MOE = MoEConfig(num_experts=4, top_k=2, hidden_size=32, intermediate_size=48)
 forward = nnx.jit(lambda model, x: model(x))
 
 
+def test_leaves_without_elements():
+    source = {
+        "rows": np.zeros((0, 4), np.float32),
+        "columns": np.zeros((3, 0), np.float32),
+        "x": np.ones(2, np.float32),
+    }
+    abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in source.items()}
+    params, report = quiet_load(abstract, source)
+    assert {name: leaf.shape for name, leaf in params.items()} == {"rows": (0, 4), "columns": (3, 0), "x": (2,)}
+    assert report.resident_bytes == 8
+
+
 @pytest.mark.smoke
 def test_nnx_modules_come_back_as_modules(tmp_path):
     model = MoE(MOE, rngs=nnx.Rngs(0))
