@@ -51,7 +51,7 @@ class NonFiniteWeight(CheckpointError):
 
 
 class CorruptCheckpoint(CheckpointError):
-    """A file is truncated, fails its checksum or cannot be decoded."""
+    """A file is truncated or missing, or cannot be decoded."""
 
 
 class CheckpointNotFound(CheckpointError, FileNotFoundError):

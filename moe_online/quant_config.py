@@ -172,8 +172,7 @@ def _shorthand_fields(name: str) -> dict[str, Any]:
         return {}
     if name not in SHORTHANDS:
         hint = f"; as a weight format it goes into a config: {{'moe': {name!r}}}" if name in DEFAULT_ACTIVATIONS else ""
-        valid = ", ".join(sorted({*SHORTHANDS, NO_CONFIG}))
-        raise ConfigError(f"unknown online shorthand {name!r}{hint}; valid names: {valid}")
+        raise ConfigError(f"unknown quantization scheme {name!r}{hint}; valid names: {', '.join(sorted(SHORTHANDS))}")
     return {kind: getattr(SHORTHANDS[name], kind) for kind in get_args(LayerKind)}
 
 

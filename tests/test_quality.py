@@ -85,7 +85,7 @@ def test_numpy_layer_is_the_same_model():
 
 
 @pytest.mark.parametrize("spec", SCHEMES, ids=SCHEMES.get)
-def test_schemes_are_as_good_as_numpy(spec, record_property):
+def test_schemes_are_as_good_as_numpy(spec):
     model, reference, bits = bf16()
     found = evaluate(load_shipped(SCHEMES[spec]), heldout(), window=WINDOW, batch=BATCH, reference=reference)
     by_numpy = numpy_kl(model, spec)

@@ -137,7 +137,7 @@ def table(rows: Sequence[Row], *, num_bytes: int) -> Table:
         padding=(0, 1, 0, 0),
     )
     made.add_column("scheme", no_wrap=True)
-    for column in ("stored", "peak", "bits/byte", "vs bf16", "KL", "tokens/s", "load"):
+    for column in ("stored", "peak", "bits/byte", "vs bf16", "KL", "tok/s", "load"):
         made.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         made.add_row(

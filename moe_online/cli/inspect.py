@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 HINT = """\
 
-Experts have rank 3 or more. Nothing guesses their axes: mapping={{...}} of moe_online.load says them (E expert,
+Experts have rank 3 or more. Nothing guesses their axes: mapping={...} of moe_online.load says them (E expert,
 N output, K contraction) and which leaf of your model each tensor becomes; quantization= then reaches it. For example:
-    "{pattern}": "E K N -> *.experts.w2_weight"    into a moe_online.flax.MoE
-    "{pattern}": "E K N"                           into a leaf of the same name"""
+    "*.GATE": "E K N -> *.experts.w13_weight.gate",    into a moe_online.flax.MoE, whose leaves are [E, N, K],
+    "*.UP": "E K N -> *.experts.w13_weight.up",        for stored tensors [E, K, N] named ...GATE, ...UP, ...DOWN
+    "*.DOWN": "E K N -> *.experts.w2_weight",
+    "*.ROUTER": "-> *.router.kernel",                  another name, nothing else"""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -91,7 +93,7 @@ def _list(args: argparse.Namespace) -> None:
     console.print(_table(source.description, rows, args.scheme))
     deep = [row for row in rows if len(row.shape) >= 3]
     if deep:
-        console.print(HINT.format(pattern=f"*.{deep[0].name.rpartition('.')[2]}"), markup=False, soft_wrap=True)
+        console.print(HINT, markup=False, soft_wrap=True)
     output.write_json(
         args.json,
         {

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moe_online.config import OnlineQuantConfig
 from moe_online.errors import ConfigError
@@ -52,7 +52,8 @@ def load(
 
     Units (a tensor, or a range of its experts) are read one after the other; while one is quantized the next are read,
     and each source is freed at once. Peak device memory is the finished parameters so far, `1 + prefetch` units, and
-    64 MiB at most for one chunk in f32. Any error leaves nothing half loaded: there is no result.
+    64 MiB at most for one chunk in f32 (stated for one device; with a mesh, bytes are those of all
+    devices together). Any error leaves nothing half loaded: there is no result.
 
     Args:
       abstract: What to load, declared: an nnx module made inside `nnx.eval_shape`, or any pytree of
@@ -65,9 +66,10 @@ def load(
       prefix: Reads only what is below this name: a subtree such as `"params"`, a step or an item.
       unexpected: What stored tensors that the model does not ask for are: `"error"`, `"ignore"`, or patterns of those
         that may be left.
-      mesh: Places leaves that have no sharding: experts over its axes `expert` and `tensor`, the rest on every device.
+      mesh: Places leaves that have no sharding, or a single device's: experts over its axes `expert` and `tensor`, the
+        rest on every device.
       unit_bytes: Most source bytes per unit; one expert (or row) is the least.
-      memory_limit: Device bytes that the planned peak may reach.
+      memory_limit: Bytes that the planned peak may reach, on all devices together.
       prefetch: Units read ahead.
       progress: Shows a progress bar.
 
@@ -148,8 +150,7 @@ def _prepare(
     memory_limit: int | None,
     prefetch: int,
 ) -> tuple[AbstractTree, CheckpointSource, LoadPlan]:
-    if unit_bytes < 1 or prefetch < 0:
-        raise ConfigError(f"{unit_bytes=} must be at least 1 and {prefetch=} at least 0")
+    _check_limits(unit_bytes=unit_bytes, prefetch=prefetch, memory_limit=memory_limit)
     config = _config(quantization)
     tree = flatten(abstract)
     opened = open_source(source, prefix=prefix)
@@ -163,6 +164,15 @@ def _prepare(
     return tree, opened, made
 
 
+def _check_limits(*, unit_bytes: int, prefetch: int, memory_limit: int | None) -> None:
+    least = {"unit_bytes": (unit_bytes, 1), "prefetch": (prefetch, 0)}
+    if memory_limit is not None:
+        least["memory_limit"] = (memory_limit, 0)
+    for name, (value, lowest) in least.items():
+        if not isinstance(value, int) or value < lowest:
+            raise ConfigError(f"{name}={value!r} must be a whole number, at least {lowest}")
+
+
 def _config(quantization: Quantization | None) -> OnlineQuantConfig | None:
     if quantization is None:
         return None
@@ -172,7 +182,12 @@ def _config(quantization: Quantization | None) -> OnlineQuantConfig | None:
 
 
 def _sharding(leaf: Leaf, mesh: Mesh | None) -> Any:
-    if mesh is None or leaf.aval.sharding is not None:
-        return default_sharding(leaf.aval)
-    spec = PartitionSpec() if leaf.field is None else expert_spec(leaf.field, mesh)
-    return NamedSharding(mesh, spec)
+    sharding = default_sharding(leaf.aval)
+    if mesh is not None and isinstance(sharding, SingleDeviceSharding):  # what a declaration without a mesh has
+        spec = PartitionSpec() if leaf.field is None else expert_spec(leaf.field, mesh)
+        sharding = NamedSharding(mesh, spec)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        # XLA, not the types of arrays, follows the shardings here: `jax.make_mesh` would have it the other way.
+        auto = Mesh(sharding.mesh.devices, sharding.mesh.axis_names)
+        sharding = NamedSharding(auto, sharding.spec, memory_kind=sharding.memory_kind)
+    return sharding

@@ -68,6 +68,10 @@ def parse_rule(pattern: str, text: str) -> Rule:
     Raises:
       ConfigError: it says nothing, names an unknown or repeated axis, or has more `*` on the right than on the left.
     """
+    if not isinstance(text, str):
+        raise ConfigError(
+            f"mapping rule {pattern!r}: {text!r} must be a string: 'AXES', '-> TARGET' or 'AXES -> TARGET'"
+        )
     axes_text, arrow, target = (part.strip() for part in text.partition("->"))
     axes = axes_text.replace(" ", "")
     if (arrow and not target) or not (axes or target):
@@ -75,10 +79,13 @@ def parse_rule(pattern: str, text: str) -> Rule:
     if set(axes) - set(AXES) or len(set(axes)) != len(axes):
         raise ConfigError(
             f"mapping rule {pattern!r}: axes {axes_text!r} must be distinct letters of {' '.join(AXES)}: "
-            "expert, gate/up, output, contraction"
+            "expert, gate/up, output, contraction. For another name write '-> NAME'"
         )
     if target.count("*") > pattern.count("*"):
-        raise ConfigError(f"mapping rule {pattern!r}: {target!r} has more * than the pattern, so some match nothing")
+        raise ConfigError(
+            f"mapping rule {pattern!r}: {target!r} has more * than the pattern, so some match nothing; "
+            f"begin the pattern with '*.' where the name has a path before it"
+        )
     return Rule(pattern=pattern, axes=axes or None, target=target or None)
 
 
@@ -99,6 +106,8 @@ def assign(
       UnexpectedWeights: a stored tensor that no leaf asks for, unless `unexpected` allows it.
       MissingWeights: a leaf, or a half of one, that no stored tensor fills.
     """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"mapping must be a dict of rules, not {type(mapping).__name__}: {{'*.w_in': 'E K N'}}")
     rules = [parse_rule(pattern, text) for pattern, text in mapping.items()]
     by_name = {leaf.name: leaf for leaf in leaves}
     found: dict[str, list[Part]] = {leaf.name: [] for leaf in leaves}
@@ -115,7 +124,7 @@ def assign(
     unused = [rule.pattern for rule in rules if rule not in used]
     if unused:
         raise ConfigError(f"mapping rules match no tensor of {where}: {', '.join(unused)}; {_some_names(tensors)}")
-    _check_missing(found, by_name, tensors, where)
+    _check_missing(found, by_name, tensors, where, [said for name, said in surplus.items() if said != name])
     _check_surplus(surplus, unexpected, where)
     return {name: tuple(sorted(parts, key=lambda part: part.half or 0)) for name, parts in found.items()}
 
@@ -145,7 +154,11 @@ def _owner(target: str, leaves: Mapping[str, Leaf]) -> tuple[str | None, int | N
 
 
 def _check_missing(
-    found: Mapping[str, Sequence[Part]], leaves: Mapping[str, Leaf], tensors: Mapping[str, StoredTensor], where: str
+    found: Mapping[str, Sequence[Part]],
+    leaves: Mapping[str, Leaf],
+    tensors: Mapping[str, StoredTensor],
+    where: str,
+    astray: Sequence[str],
 ) -> None:
     missing, crowded = [], []
     for name, parts in found.items():
@@ -160,17 +173,24 @@ def _check_missing(
         raise ConfigError(f"several tensors of {where} become one leaf: {', '.join(crowded)}; change the mapping")
     if missing:
         raise MissingWeights(
-            f"{where} lacks {listed(missing, 'tensor')} of the model. {_remedy(missing, leaves, tensors)}",
+            f"{where} lacks {listed(missing, 'tensor')} of the model. {_remedy(missing, leaves, tensors, astray)}",
             names=missing,
         )
 
 
-def _remedy(missing: Sequence[str], leaves: Mapping[str, Leaf], tensors: Mapping[str, StoredTensor]) -> str:
+def _remedy(
+    missing: Sequence[str], leaves: Mapping[str, Leaf], tensors: Mapping[str, StoredTensor], astray: Sequence[str]
+) -> str:
+    if astray:
+        return f"Mapping rules lead to names that the model does not have: {listed(astray, 'tensor')}."
     for prefix in dict.fromkeys(name.partition(".")[0] for name in tensors):
         if any(f"{prefix}.{name}" in tensors for name in missing):
             return f"They are there below {prefix!r}: give prefix={prefix!r}."
     if any(name in leaves and leaves[name].layer is not None for name in missing):
-        return f"Where the checkpoint has them by other names, give mapping={{...}}; {_some_names(tensors)}."
+        return (
+            'Where the checkpoint has them by other names, give mapping={"*.their_name": "E K N -> *.our_name"} for '
+            f'experts and {{"*.their_name": "-> *.our_name"}} for all else; {_some_names(tensors)}.'
+        )
     return f"Give the checkpoint that belongs to this model, or mapping={{...}}; {_some_names(tensors)}."
 
 

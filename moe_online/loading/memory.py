@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ class PeakMeter:
         self._has_stats = all(device.memory_stats() is not None for device in self._devices)
         self._process = psutil.Process()
         self._lock = threading.Lock()
+        gc.collect()  # what is freed later would hide as much of the load's own
         self._start = self._in_use()
         self._start_peak = self._allocator_peak()
         self._start_rss = self._process.memory_info().rss

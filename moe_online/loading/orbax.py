@@ -6,6 +6,7 @@ plain files, zarr 2 or 3.
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import re
@@ -44,7 +45,10 @@ class OrbaxSource:
 
     def __init__(self, path: str | os.PathLike[str], *, prefix: str | None = None):
         keys = [key for key in (prefix or "").replace("/", ".").split(".") if key]
-        self._item, keys = _find_item(epath.Path(os.fspath(path)), keys)
+        try:
+            self._item, keys = _find_item(epath.Path(os.fspath(path)), keys)
+        except ImportError as error:  # etils lacks the package for gs:// or the like
+            raise CheckpointError(f"{path} cannot be reached: {error}") from error
         self.description = str(self._item)
         leaves, facts = _metadata(self._item)
         subtree = "".join(f"{key}." for key in keys)
@@ -120,15 +124,26 @@ def _only_child(path: epath.Path) -> epath.Path:
 def _metadata(item: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata of the arrays by name, and what the item says of itself."""
     try:
-        facts = json.loads((item / METADATA).read_text())
+        facts = dict(json.loads((item / METADATA).read_text()))
         flat, _ = jax.tree_util.tree_flatten_with_path(ocp.PyTreeCheckpointHandler().metadata(item).tree)
-        leaves = {path_name(path): leaf for path, leaf in flat if hasattr(leaf, "dtype")}
+        leaves = _without_value({path_name(path): leaf for path, leaf in flat if hasattr(leaf, "dtype")})
     except (ValueError, OSError, KeyError, TypeError) as error:  # a damaged JSON or zarr header shows in many ways
         raise CorruptCheckpoint(
             f"the metadata of {item} cannot be read: {_first_line(error)}. Copy the checkpoint again from where it was "
             "saved."
         ) from error
     return leaves, facts
+
+
+def _without_value(leaves: dict[str, Any]) -> dict[str, Any]:
+    """Drops the `.value` that ends each name of a saved `nnx.State`: a last key `value` that has no siblings."""
+    siblings = collections.Counter(name.rpartition(".")[0] for name in leaves)
+
+    def short(name: str) -> str:
+        parent, _, key = name.rpartition(".")
+        return parent if parent and key == "value" and siblings[parent] == 1 and parent not in leaves else name
+
+    return {short(name): leaf for name, leaf in leaves.items()}
 
 
 def _stored(name: str, leaf: Any) -> StoredTensor:

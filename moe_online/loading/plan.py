@@ -22,6 +22,8 @@ from moe_online.loading.tree import WEIGHTS, Leaf
 from moe_online.loading.units import Target, Unit, allocated_bytes, block_bytes, cut_units, num_rows, stored_bytes
 from moe_online.schemes import QuantSpec
 
+WIDE = 100  # columns of a terminal from which on tables show everything
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadPlan:
@@ -52,15 +54,18 @@ class LoadPlan:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(title=f"{self.source}", title_justify="left", caption_justify="left", caption=self._summary())
-        for column, justify in (("tensors", "left"), ("shape", "left"), ("read", "right"), ("stored", "right")):
-            table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        table.add_column("scheme")
-        table.add_column("chosen by")
+        wide = options.max_width >= WIDE
+        table.add_column("tensors", overflow="fold")
+        for column in ("read", "stored"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for column in ("scheme", "shape", "chosen by")[: 3 if wide else 1]:
+            table.add_column(column)
         for name, group in group_by_pattern(self.targets):
             first = group[0]
             read, stored = sum(t.source_bytes(num_rows(t)) for t in group), sum(stored_bytes(t) for t in group)
             shape = "x".join(map(str, first.shape)) or "scalar"
-            table.add_row(name, shape, human_bytes(read), human_bytes(stored), first.scheme, first.rule)
+            more = (shape, first.rule) if wide else ()
+            table.add_row(name, human_bytes(read), human_bytes(stored), first.scheme, *more)
         yield table
 
     def _summary(self) -> str:
@@ -158,6 +163,10 @@ def choose_specs(
             chosen[leaf.name] = config.resolve_with_rule(leaf.name, "moe")
         else:
             chosen[leaf.name] = None, "dense"
+    if config is not None:
+        idle = [key for key, _ in config.targets if all(rule != f"targets: {key}" for _, rule in chosen.values())]
+        if idle:
+            raise ConfigError(f"targets match no experts: {', '.join(idle)}; experts are {_experts(leaves)}")
     if config is not None and all(spec is None for spec, _ in chosen.values()):
         deep = [f"{leaf.name} {tuple(leaf.aval.shape)}" for leaf in leaves if leaf.aval.ndim >= 3]
         raise ConfigError(
@@ -165,6 +174,11 @@ def choose_specs(
             'weights of moe_online.flax.MoE, or leaves whose mapping rule states their axes: {"*.w_in": "E K N"}'
         )
     return chosen
+
+
+def _experts(leaves: Sequence[Leaf]) -> str:
+    names = list(dict.fromkeys(leaf.layer for leaf in leaves if leaf.layer is not None))
+    return listed(names, "layer")
 
 
 def group_by_pattern(items: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -192,7 +206,8 @@ def _check_shapes(source: str, targets: Sequence[Target]) -> None:
     if wrong:
         raise ShapeMismatch(
             f"{source} has another shape than the model in {listed(list(wrong.values()), 'tensor')}. Change the config "
-            "of the model, or state the stored axes in mapping={...}.",
+            "of the model, or state the stored axes in mapping={...}: leaves of experts are [E, N, K] (N output, K "
+            "contraction); a rule '-> NAME' without axes takes a tensor as it is.",
             names=wrong,
         )
     _check_shards(targets)

@@ -95,11 +95,12 @@ def quantize_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., t
         carry: Any = out.values, out.scales, zeros, zeros
         finite = []
         for part, layout in zip(parts, layouts, strict=True):
-            highest = jnp.float32(0)
-            for half in (layout.half,) if layout.half is not None or out.ndim == 3 else range(out.shape[1]):
-                carry, top = _quantize_half(carry, part, layout, start, half, fmt=fmt, shape=out.shape)
-                highest = jnp.maximum(highest, top)
-            finite.append(jnp.isfinite(highest))
+            halves = (layout.half,) if layout.half is not None or out.ndim == 3 else range(out.shape[1])
+            all_finite = jnp.bool_(True)
+            for half in halves:
+                carry, is_finite = _quantize_half(carry, part, layout, start, half, fmt=fmt, shape=out.shape)
+                all_finite &= is_finite
+            finite.append(all_finite)
         values, scales, error, norm = carry
         stats = Stats(finite=jnp.stack(finite), error=error, norm=norm)
         return QuantizedArray(values=values, scales=scales, format=fmt), stats
@@ -110,13 +111,13 @@ def quantize_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., t
 def _quantize_half(
     carry: Any, part: Array, layout: PartLayout, start: Array, half: int | None, *, fmt: Format, shape: tuple[int, ...]
 ) -> tuple[Any, Array]:
-    """Quantizes the matrices `[N, K]` of all experts of a part, or of one half of it; returns the largest magnitude."""
+    """Quantizes the matrices `[N, K]` of all experts of a part, or of one half of it; says whether all was finite."""
     n, k = shape[-2:]
     lead = () if half is None else (half,)
     in_part = lead if layout.half is None else ()
 
     def chunk(expert: Array, row: Array, rows: int, carry: Any) -> Any:
-        (values, scales, error, norm), highest = carry
+        (values, scales, error, norm), finite = carry
         x = layout.take(part, (expert, *in_part, row, 0), (1, *(1 for _ in in_part), rows, k))
         x = x.reshape(rows, k).astype(jnp.float32)
         q = quantize(x, fmt)
@@ -124,13 +125,13 @@ def _quantize_half(
         scales = _update(scales, q.scales, (start + expert, *lead, 0, row // (fmt.block[0] or n)))
         error = error.at[expert].add(jnp.sum(jnp.square(q.dequantize(jnp.float32) - x)))
         norm = norm.at[expert].add(jnp.sum(jnp.square(x)))
-        return (values, scales, error, norm), jnp.maximum(highest, jnp.max(jnp.abs(x)))  # NaN stays NaN
+        return (values, scales, error, norm), finite & _is_finite(x)
 
     def one_expert(expert: Array, _: int, carry: Any) -> Any:
         return _for_chunks(n, chunk_rows(shape, fmt)[1], start, lambda *args: chunk(expert, *args), carry)
 
     result: tuple[Any, Array] = _for_chunks(
-        part.shape[layout.permutation[0]], 1, start, one_expert, (carry, jnp.float32(0))
+        part.shape[layout.permutation[0]], 1, start, one_expert, (carry, jnp.bool_(True))
     )
     return result
 
@@ -145,30 +146,31 @@ def copy_step(stored: jax.ShapeDtypeStruct, layouts: Sequence[PartLayout]) -> Ca
         *inner, n = rest[:-1] or (1,)
 
         def chunk(first: Array, rows: int, row: Array, n_rows: int, carry: Any) -> Any:
-            out, highest = carry
+            out, finite = carry
             at: tuple[Array | int, ...] = (*(0 for _ in inner), row, 0)
             sizes = (*inner, n_rows, *rest[-1:])
             at, sizes = at[len(at) - len(rest) :], sizes[len(sizes) - len(rest) :]  # below rank 3 there is no N
             x = layout.take(part, (first, *at), (rows, *sizes)).astype(out.dtype)
             out = _update(out, x[:, None] if lead else x, (start + first, *lead, *at))
-            return out, jnp.maximum(highest, _highest(x))
+            return out, finite & _is_finite(x)
 
         def some_rows(first: Array, rows: int, carry: Any) -> Any:
             return _for_chunks(n, n_per_chunk, start, lambda *args: chunk(first, rows, *args), carry)
 
-        result: tuple[Array, Array] = _for_chunks(size, min(per_chunk, size), start, some_rows, (out, jnp.float32(0)))
+        result: tuple[Array, Array] = _for_chunks(size, min(per_chunk, size), start, some_rows, (out, jnp.bool_(True)))
         return result
 
     def step(out: Array, parts: Sequence[Array], start: Array) -> tuple[Array, Stats]:
         finite = []
         for part, layout in zip(parts, layouts, strict=True):
             if part.size == 0:
-                highest = jnp.float32(0)
+                finite.append(jnp.bool_(True))
             elif part.ndim == 0:
-                out, highest = part.astype(out.dtype), _highest(part)
+                out = part.astype(out.dtype)
+                finite.append(_is_finite(out))
             else:
-                out, highest = copy_part(out, part, layout, start)
-            finite.append(jnp.isfinite(highest))
+                out, is_finite = copy_part(out, part, layout, start)
+                finite.append(is_finite)
         zeros = jnp.zeros((_rows(parts, layouts),), jnp.float32)
         return out, Stats(finite=jnp.stack(finite), error=zeros, norm=zeros)
 
@@ -207,10 +209,9 @@ def _update(out: Array, new: Array, at: Sequence[Array | int]) -> Array:
     return reals
 
 
-def _highest(x: Array) -> Array:
-    """Largest magnitude in f32, NaN if there is one; 0 for what is not real."""
-    is_real = jnp.issubdtype(x.dtype, jnp.floating)
-    return jnp.max(jnp.abs(x), initial=0).astype(jnp.float32) if is_real else jnp.zeros((), jnp.float32)
+def _is_finite(x: Array) -> Array:
+    """Whether no element is NaN or infinite. A maximum would not do: XLA:CPU's drops NaN."""
+    return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.bool_(True)
 
 
 def _rows(parts: Sequence[Array], layouts: Sequence[PartLayout]) -> int:

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from moe_online.loading.messages import human_bytes, rendered
-from moe_online.loading.plan import group_by_pattern
+from moe_online.loading.plan import WIDE, group_by_pattern
 
 COLORS = ("#999999", "#3b7dd8", "#d8833b", "#e8c9a8")
 
@@ -63,16 +63,18 @@ class LoadReport:
         for column in ("read", "stored"):
             table.add_column(column, justify="right")
         table.add_column("scheme")
-        table.add_column("chosen by")
         for column in ("error", "worst expert"):
             table.add_column(column, justify="right")
+        if options.max_width >= WIDE:
+            table.add_column("chosen by")
         for name, group in group_by_pattern(self.tensors):
             read, stored = sum(t.source_bytes for t in group), sum(t.stored_bytes for t in group)
             errors = [_percent(max((getattr(t, key) or 0.0) for t in group)) for key in ("error", "worst_expert_error")]
             if group[0].error is None:
                 errors = ["", ""]
             first = group[0]
-            table.add_row(name, human_bytes(read), human_bytes(stored), first.scheme, first.rule, *errors)
+            rule = [first.rule] if options.max_width >= WIDE else []
+            table.add_row(name, human_bytes(read), human_bytes(stored), first.scheme, *errors, *rule)
         yield table
 
     def plot(self, path: str | os.PathLike[str]) -> None:

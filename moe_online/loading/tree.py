@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -111,7 +112,15 @@ def _join(layer: str, field: str) -> str:
 def _check(leaves: list[Leaf]) -> None:
     if not leaves:
         raise ConfigError("the abstract model has no leaf: there is nothing to load")
+    names = collections.Counter(leaf.name for leaf in leaves)
+    repeated = [name for name, count in names.items() if count > 1]
+    if repeated:
+        raise ConfigError(f"several leaves of the model have the same name: {', '.join(repeated)}; rename them")
     concrete = [leaf.name for leaf in leaves if not isinstance(leaf.aval, jax.ShapeDtypeStruct)]
+    if concrete == [""]:
+        raise ConfigError(
+            f"the model is a {type(leaves[0].aval).__name__}, no declared one; the order is load(model, source)"
+        )
     if concrete:
         raise ConfigError(
             f"these leaves are not abstract: {', '.join(concrete)}; declare the model with nnx.eval_shape or "

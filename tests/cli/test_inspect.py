@@ -62,7 +62,7 @@ def test_tensors_of_a_bare_checkpoint(tmp_path, capsys):
     cells = [cell.strip() for cell in row.strip("│").split("│")]
     # 3 x 4 x 32 x 16 codes, and 3 x 4 x 32 scales of 4 bytes
     assert cells == ["model.blocks.*.w_in", "3", "4x32x16", "float32", "24.6 kB", "whole", "7.68 kB"]
-    assert '"*.w_in": "E K N' in out  # how a mapping would reach it
+    assert "E K N -> *.experts.w13_weight.gate" in out  # how a mapping would reach it
     facts = json.loads(file.read_text())
     assert facts["stored_bytes"] == 3 * (4 * 32 * 16 * 4 + 32 * 8) + 4
     assert facts["tensors"][1] == {

@@ -53,7 +53,7 @@ def test_scheme_that_reaches_nothing():
     plain = {"wi": jax.ShapeDtypeStruct((2, 3, 4), BF16), "norm": jax.ShapeDtypeStruct((3,), BF16)}
     source = {"wi": np.ones((2, 3, 4), BF16), "norm": np.ones(3, BF16)}
     refused("wi (2, 3, 4)", "E K N", abstract=plain, source=source, quantization="fp8_per_block")
-    refused("l0.w13_weight", quantization={"targets": {"*other": "fp8_per_block"}})
+    refused("1 layer (l0)", quantization={"targets": {"*other": "fp8_per_block"}})
     refused("reaches no leaf", quantization={"moe": "fp8_per_block", "ignore": ["*"]})
 
 
@@ -164,3 +164,31 @@ def test_mesh_places_what_has_no_sharding():
     expert = NamedSharding(mesh, PartitionSpec("expert", None, "tensor", None))
     assert loaded.experts.get_value().w13_weight.sharding == expert
     assert loaded.router.kernel[...].sharding == NamedSharding(mesh, PartitionSpec())
+
+
+@pytest.mark.parametrize(
+    "limits", [{"unit_bytes": "1MB"}, {"unit_bytes": 1e5}, {"prefetch": 1.5}, {"memory_limit": "1GB"}]
+)
+def test_limits_are_whole_numbers(limits):
+    refused(next(iter(limits)), "whole number", source=as_ken(TREE), mapping=KEN_MAPPING, **limits)
+
+
+def test_a_target_that_matches_nothing():
+    config = {"targets": {"l0": "fp8_per_block", "layerz.*": "fp8_per_block"}}
+    refused("targets match no experts: layerz", source=as_ken(TREE), mapping=KEN_MAPPING, quantization=config)
+
+
+def test_a_mapping_is_a_dict_of_strings():
+    refused("must be a dict", source=as_ken(TREE), mapping=["*.w_up"])
+    refused("must be a string", source=as_ken(TREE), mapping={"*.w_up": None})
+
+
+def test_names_are_unique():
+    leaf = jax.ShapeDtypeStruct((2,), jnp.float32)
+    refused(
+        "the same name: a.b", abstract={"a": {"b": leaf}, "a.b": leaf}, source={"a": {"b": np.ones(2)}}, mapping=None
+    )
+
+
+def test_arguments_in_the_wrong_order():
+    refused("load(model, source)", abstract="checkpoint", source=as_ken(TREE), mapping=None)

@@ -23,6 +23,7 @@ from moe_online.errors import (
     UnexpectedWeights,
 )
 from sources import (
+    BF16,
     KEN_MAPPING,
     as_ken,
     check_quantized,
@@ -301,3 +302,17 @@ def test_one_damaged_tensor_of_plain_files(tmp_path, damage):
             else:
                 chunk.write_bytes(chunk.read_bytes()[:-20])
     refused(CorruptCheckpoint, tmp_path / "c", "damaged", names=["l0.w_up", "l1.w_down"], by_plan=False)
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8_per_block", "fp8_per_channel", "int8_w8a16"])
+@pytest.mark.parametrize("dtype", [BF16, np.float32])
+def test_one_nan_in_a_large_tensor_is_found(scheme, dtype):
+    """Where a maximum over many elements is vectorized: XLA:CPU's drops NaN there."""
+    shape = (6, 192, 320)
+    for where in ((0, 0, 0), (3, 0, 0), (2, 100, 17), (5, 191, 319)):
+        source = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+        source[where] = np.nan
+        with pytest.raises(NonFiniteWeight, match=r"1 tensor \(w\)"):
+            quiet_load(
+                {"w": jax.ShapeDtypeStruct(shape, dtype)}, {"w": source}, mapping={"w": "E N K"}, quantization=scheme
+            )

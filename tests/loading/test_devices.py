@@ -53,6 +53,11 @@ for scheme, source, unit_bytes in (
     if scheme is not None:
         check_quantized(params, tree, here.w2_weight.format.name)
     rows.append([report.resident_bytes, report.peak_bytes, plan.peak_bytes])
+# The mesh of jax.make_mesh would put shardings into types; experts that were declared without a mesh follow it too.
+made = jax.make_mesh((2, 2), ("expert", "tensor"))
+params = quiet_load(declared(tree), ken, mesh=made, mapping=KEN_MAPPING, quantization="fp8_per_block").params
+check_quantized(params, tree, "fp8_per_block")
+assert len(params["l0"].w13_weight.values.sharding.device_set) == 4
 print(json.dumps(rows))
 """
 ERRORS = """

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
+from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import moe_online
@@ -62,6 +63,16 @@ def test_v1_formats(tmp_path, zarr3, ocdbt):
     with context:
         ocp.save(tmp_path / "c", as_ken(TREE))
     check(tmp_path / "c")
+
+
+def test_the_state_of_an_nnx_module(tmp_path):
+    """Saved as it is, each of its names ends in `.value`; a real name `value` stays."""
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    ocp.save(tmp_path / "c", {"params": nnx.state(model), "attention": {"key": jnp.ones(2), "value": jnp.ones(2)}})
+    names = set(open_source(tmp_path / "c").tensors)
+    assert names == {"params.kernel", "params.bias", "attention.key", "attention.value"}
+    loaded = quiet_load(nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(1))), tmp_path / "c", prefix="params")
+    assert_same_bits(loaded.params.kernel[...], model.kernel[...])
 
 
 @PLAIN_JAX
