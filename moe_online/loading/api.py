@@ -165,7 +165,7 @@ def _prepare(
 
 
 def _check_limits(*, unit_bytes: int, prefetch: int, memory_limit: int | None) -> None:
-    least = {"unit_bytes": (unit_bytes, 1), "prefetch": (prefetch, 0)}
+    least: dict[str, tuple[Any, int]] = {"unit_bytes": (unit_bytes, 1), "prefetch": (prefetch, 0)}
     if memory_limit is not None:
         least["memory_limit"] = (memory_limit, 0)
     for name, (value, lowest) in least.items():

@@ -337,5 +337,5 @@ def test_targets_choose_layers():
 def test_a_wrong_unit_size_is_refused():
     tree = ours()
     for wrong in ({"unit_bytes": 0}, {"prefetch": -1}):
-        with pytest.raises(ConfigError, match="must be at least"):
+        with pytest.raises(ConfigError, match="whole number, at least"):
             quiet_load(declared(tree), tree, **wrong)
