@@ -11,7 +11,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 import their_model
-from numpy_quantizer import dequantize_numpy, quantize_numpy
+from numpy_moe import bf16, quantized
 from pallas_kernels import QuantizedArray
 from their_model import Model
 from tiny_decoder import relative_l2
@@ -43,16 +43,33 @@ def run(path) -> dict:
     return names
 
 
+class NumpyQuantized(nnx.Module):
+    """Their layer with weights and inputs of its matmuls through numpy round trips: fp8_per_block, fp8_per_group."""
+
+    def __init__(self, theirs, rotate):
+        self.theirs = theirs
+        for name in ("w_gate", "w_up", "w_down"):
+            weight = np.swapaxes(np.asarray(getattr(theirs, name)[...]), 1, 2)
+            setattr(self, name, np.roll(np.swapaxes(quantized(weight, "fp8_per_block"), 1, 2), rotate, axis=0))
+
+    def __call__(self, x):
+        scores = jax.nn.softmax(x.astype(jnp.float32) @ self.theirs.router.kernel[...].astype(jnp.float32))
+        weights, ids = jax.lax.top_k(scores, their_model.TOP_K)
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        combine = np.asarray(jnp.sum(jax.nn.one_hot(ids, their_model.EXPERTS) * weights[..., None], axis=-2))
+        real = quantized(np.asarray(x), "fp8_per_group")
+        gate, up = (bf16(np.einsum("...h,ehi->...ei", real, w)) for w in (self.w_gate, self.w_up))
+        hidden = quantized(bf16(gate / (1 + np.exp(-gate)) * up), "fp8_per_group")
+        y = np.einsum("...ei,eih,...e->...h", hidden, self.w_down, combine, optimize=True)
+        return jnp.asarray(y.astype(np.float32)).astype(x.dtype)
+
+
 def with_numpy_experts(model, *, rotate=0):
-    """Their model with its experts through a numpy round trip in fp8_per_block."""
+    """Their model around such layers."""
     graph, state = nnx.split(model)
     copy = nnx.merge(graph, jax.tree.map(jnp.copy, state))
     for layer in copy.layers:
-        for name in ("w_gate", "w_up", "w_down"):
-            weight = np.swapaxes(np.asarray(getattr(layer.moe, name)[...]), 1, 2)
-            real = dequantize_numpy(*quantize_numpy(weight, "fp8_per_block"), "fp8_per_block")
-            real = np.roll(np.swapaxes(real, 1, 2), rotate, axis=0)
-            getattr(layer.moe, name)[...] = jnp.asarray(real.astype(np.float32)).astype(jnp.bfloat16)
+        layer.moe = NumpyQuantized(layer.moe, rotate)
     return copy
 
 
@@ -79,7 +96,6 @@ def test_ten_lines_load_their_checkpoint(trained):
     tokens = np.random.default_rng(0).integers(0, their_model.VOCAB, (8, 32), dtype=np.int32)
     expected, found = theirs(tokens), ours(tokens)
     by_numpy = relative_l2(with_numpy_experts(theirs)(tokens), expected)
-    # Weights alone are rounded there; here activations are too, which adds an error of the same size.
-    assert 0.5 * by_numpy < relative_l2(found, expected) < 2 * by_numpy
+    assert 0.8 * by_numpy < relative_l2(found, expected) < 1.2 * by_numpy
     assert relative_l2(with_numpy_experts(theirs, rotate=1)(tokens), expected) > 4 * by_numpy
     assert names["report"].resident_bytes < 0.6 * names["report"].read_bytes
