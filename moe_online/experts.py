@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -156,8 +155,3 @@ def default_sharding(leaf: Any) -> Sharding:
     """The sharding of an abstract leaf, or the default device's."""
     sharding: Sharding | None = getattr(leaf, "sharding", None)
     return SingleDeviceSharding(default_device()) if sharding is None else sharding
-
-
-def nbytes(leaf: Any) -> int:
-    """Bytes of an array, a `ShapeDtypeStruct` or a whole tree of them."""
-    return sum(math.prod(part.shape) * np.dtype(part.dtype).itemsize for part in jax.tree.leaves(leaf))

@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from moe_online.config import MoEConfig
-from moe_online.experts import ExpertWeights, abstract_experts, default_sharding, nbytes
+from moe_online.experts import ExpertWeights, abstract_experts, default_sharding
 from moe_online.method import get_method
+from sizes import nbytes
 from sources import BF16, random
 
 pytestmark = pytest.mark.smoke

@@ -19,7 +19,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from pallas_kernels import Format, QuantizedArray, quantize
-from pallas_kernels.grouped_matmul.product import storage_bits, take
+from pallas_kernels.bits import storage_bits, take
 
 CHUNK_ELEMENTS = 2**21  # worked on at once: 8 MiB in f32
 COPIES, PLAIN_COPIES = 4, 2  # of a chunk in f32 that a compiled program may hold: quantizing, copying

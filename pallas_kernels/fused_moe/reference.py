@@ -8,8 +8,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation
+from pallas_kernels.bits import storage_bits
 from pallas_kernels.formats import Format, QuantizedArray
-from pallas_kernels.grouped_matmul.product import no_gradient, storage_bits
+from pallas_kernels.grouped_matmul.product import no_gradient
 from pallas_kernels.grouped_matmul.reference import grouped_matmul
 from pallas_kernels.quantize import quantize
 from pallas_kernels.routing import ExpertOrder, sort_by_expert

@@ -6,7 +6,6 @@ f32 sums, once per K block. No dequantized weight is ever rounded to 16 bits.
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels.bits import take
 from pallas_kernels.formats import QuantizedArray
 from pallas_kernels.implementations import UnsupportedError
 
@@ -100,35 +100,6 @@ def _scaled(part: jax.Array, lhs: Operand, rhs: Operand, start: jax.Array | int)
     if rhs.scales is not None:
         part = part * lax.dynamic_index_in_dim(rhs.scales, start // rhs.block_k, keepdims=False)[None, :]
     return part
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def take(x: jax.Array, starts: tuple[jax.Array, ...], sizes: tuple[int, ...]) -> jax.Array:
-    """`lax.dynamic_slice` that never widens the whole of `x`.
-
-    XLA:CPU slices small floats as f32 (bf16 in jax 0.10, e4m3 in 0.11 too) and then converts the whole array outside
-    of the loop. Slicing their bits avoids that; the barrier keeps the reinterpretation itself inside of the loop.
-    """
-    bits = storage_bits(x.dtype)
-    if bits == x.dtype:
-        return lax.dynamic_slice(x, starts, sizes)
-    x, *starts = lax.optimization_barrier((x, *starts))
-    return lax.bitcast_convert_type(lax.dynamic_slice(lax.bitcast_convert_type(x, bits), starts, sizes), x.dtype)
-
-
-@take.defjvp
-def _take_jvp(
-    sizes: tuple[int, ...], primals: tuple[jax.Array, tuple[jax.Array, ...]], tangents: tuple[jax.Array, Any]
-) -> tuple[jax.Array, jax.Array]:
-    x, starts = primals
-    return take(x, starts, sizes), lax.dynamic_slice(tangents[0], starts, sizes)
-
-
-def storage_bits(dtype: Any) -> np.dtype[Any]:
-    """The dtype that XLA:CPU moves `dtype` as without converting it: unsigned integers for floats below 32 bits."""
-    dtype = np.dtype(dtype)
-    small = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-    return np.dtype(f"uint{dtype.itemsize * 8}") if small else dtype
 
 
 @jax.custom_jvp

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation
+from pallas_kernels.bits import storage_bits, take
 from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.grouped_matmul.product import (
     Operand,
@@ -26,8 +27,6 @@ from pallas_kernels.grouped_matmul.product import (
     operand,
     product,
     spread_rows,
-    storage_bits,
-    take,
 )
 from pallas_kernels.quantize import quantize
 from pallas_kernels.routing import GroupMetadata, make_group_metadata

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from moe_online.config import MoEConfig
-from moe_online.experts import nbytes
 from moe_online.loading.tree import flatten
 from moe_online.method import get_method
 from moe_online.models.decoder import Decoder, DecoderConfig
 from process_memory import needs_linux
+from sizes import nbytes
 
 LAYERS = 61
 MOE = MoEConfig(num_experts=256, top_k=8, hidden_size=7168, intermediate_size=2048)

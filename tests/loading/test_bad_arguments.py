@@ -31,7 +31,7 @@ pytestmark = pytest.mark.smoke
 TREE = ours(e=2, h=48, i=32)
 
 
-def refused(*says, abstract=None, source=TREE, **arguments):
+def assert_refused(*says, abstract=None, source=TREE, **arguments):
     abstract = declared(TREE) if abstract is None else abstract
     watched = WatchedSource(open_source(source))
     with nothing_left_on_the_device():
@@ -44,29 +44,29 @@ def refused(*says, abstract=None, source=TREE, **arguments):
 
 
 def test_unknown_scheme():
-    refused("fp7", "fp8_per_block", "int8_w8a16", quantization="fp7")
-    refused("fp7", "valid names", quantization={"moe": "fp7"})
-    refused("valid keys", quantization={"moes": "fp8_per_block"})
+    assert_refused("fp7", "fp8_per_block", "int8_w8a16", quantization="fp7")
+    assert_refused("fp7", "valid names", quantization={"moe": "fp7"})
+    assert_refused("valid keys", quantization={"moes": "fp8_per_block"})
 
 
 def test_scheme_that_reaches_nothing():
     plain = {"wi": jax.ShapeDtypeStruct((2, 3, 4), BF16), "norm": jax.ShapeDtypeStruct((3,), BF16)}
     source = {"wi": np.ones((2, 3, 4), BF16), "norm": np.ones(3, BF16)}
-    refused("wi (2, 3, 4)", "E K N", abstract=plain, source=source, quantization="fp8_per_block")
-    refused("1 layer (l0)", quantization={"targets": {"*other": "fp8_per_block"}})
-    refused("reaches no leaf", quantization={"moe": "fp8_per_block", "ignore": ["*"]})
+    assert_refused("wi (2, 3, 4)", "E K N", abstract=plain, source=source, quantization="fp8_per_block")
+    assert_refused("1 layer (l0)", quantization={"targets": {"*other": "fp8_per_block"}})
+    assert_refused("reaches no leaf", quantization={"moe": "fp8_per_block", "ignore": ["*"]})
 
 
 def test_concrete_leaves():
-    refused("not abstract: a, b.c", "nnx.eval_shape", abstract={"a": jnp.ones(2), "b": {"c": np.ones(2)}})
+    assert_refused("not abstract: a, b.c", "nnx.eval_shape", abstract={"a": jnp.ones(2), "b": {"c": np.ones(2)}})
     config = MoEConfig(num_experts=2, top_k=1, hidden_size=4, intermediate_size=4)
-    refused("experts.w13_weight", "router.kernel", abstract=MoE(config, rngs=nnx.Rngs(0)))
-    refused("no leaf", abstract={})
+    assert_refused("experts.w13_weight", "router.kernel", abstract=MoE(config, rngs=nnx.Rngs(0)))
+    assert_refused("no leaf", abstract={})
 
 
 def test_leaves_that_are_declared_as_quantized():
     quantized = quiet_load(declared(TREE), TREE, quantization="fp8_per_block").params
-    refused("l0.w13_weight is declared as quantized", abstract=jax.eval_shape(lambda: quantized))
+    assert_refused("l0.w13_weight is declared as quantized", abstract=jax.eval_shape(lambda: quantized))
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,14 @@ def test_leaves_that_are_declared_as_quantized():
     ],
 )
 def test_malformed_mapping(pattern, rule, says):
-    refused(says, repr(pattern), source=as_ken(TREE), mapping={**KEN_MAPPING, pattern: rule})
+    assert_refused(says, repr(pattern), source=as_ken(TREE), mapping={**KEN_MAPPING, pattern: rule})
 
 
 def test_ambiguous_mapping():
     both = [f"l0.w_{name} ('*.w_{name}', 'l0.*')" for name in ("gate", "up", "down")]  # all are named
-    refused(*both, source=as_ken(TREE), mapping={**KEN_MAPPING, "l0.*": "-> x"})
+    assert_refused(*both, source=as_ken(TREE), mapping={**KEN_MAPPING, "l0.*": "-> x"})
     exact = {**KEN_MAPPING, "*.w_*": "-> *.x"}
-    refused("several mapping rules", source=as_ken(TREE), mapping=exact)
+    assert_refused("several mapping rules", source=as_ken(TREE), mapping=exact)
 
 
 def test_an_exact_name_wins():
@@ -105,16 +105,18 @@ def test_an_exact_name_wins():
 
 
 def test_unused_mapping():
-    refused("match no tensor", "*.w_out", "l0.w_down", source=as_ken(TREE), mapping={**KEN_MAPPING, "*.w_out": "E K N"})
+    assert_refused(
+        "match no tensor", "*.w_out", "l0.w_down", source=as_ken(TREE), mapping={**KEN_MAPPING, "*.w_out": "E K N"}
+    )
 
 
 def test_two_sources_for_one_leaf():
     source = as_ken(TREE)
     source["l0"]["w_down2"] = source["l0"]["w_down"]
     mapping = {**KEN_MAPPING, "*.w_down2": "E K N -> *.w2_weight"}
-    refused("several tensors", "l0.w_down, l0.w_down2", source=source, mapping=mapping)
+    assert_refused("several tensors", "l0.w_down, l0.w_down2", source=source, mapping=mapping)
     mapping["*.w_down2"] = "-> *.w13_weight"  # a whole beside its halves
-    refused("several tensors", "l0.w13_weight", source=source, mapping=mapping)
+    assert_refused("several tensors", "l0.w13_weight", source=source, mapping=mapping)
 
 
 @pytest.mark.parametrize(
@@ -170,25 +172,25 @@ def test_mesh_places_what_has_no_sharding():
     "limits", [{"unit_bytes": "1MB"}, {"unit_bytes": 1e5}, {"prefetch": 1.5}, {"memory_limit": "1GB"}]
 )
 def test_limits_are_whole_numbers(limits):
-    refused(next(iter(limits)), "whole number", source=as_ken(TREE), mapping=KEN_MAPPING, **limits)
+    assert_refused(next(iter(limits)), "whole number", source=as_ken(TREE), mapping=KEN_MAPPING, **limits)
 
 
 def test_a_target_that_matches_nothing():
     config = {"targets": {"l0": "fp8_per_block", "layerz.*": "fp8_per_block"}}
-    refused("targets match no experts: layerz", source=as_ken(TREE), mapping=KEN_MAPPING, quantization=config)
+    assert_refused("targets match no experts: layerz", source=as_ken(TREE), mapping=KEN_MAPPING, quantization=config)
 
 
 def test_a_mapping_is_a_dict_of_strings():
-    refused("must be a dict", source=as_ken(TREE), mapping=["*.w_up"])
-    refused("must be a string", source=as_ken(TREE), mapping={"*.w_up": None})
+    assert_refused("must be a dict", source=as_ken(TREE), mapping=["*.w_up"])
+    assert_refused("must be a string", source=as_ken(TREE), mapping={"*.w_up": None})
 
 
 def test_names_are_unique():
     leaf = jax.ShapeDtypeStruct((2,), jnp.float32)
-    refused(
+    assert_refused(
         "the same name: a.b", abstract={"a": {"b": leaf}, "a.b": leaf}, source={"a": {"b": np.ones(2)}}, mapping=None
     )
 
 
 def test_arguments_in_the_wrong_order():
-    refused("load(model, source)", abstract="checkpoint", source=as_ken(TREE), mapping=None)
+    assert_refused("load(model, source)", abstract="checkpoint", source=as_ken(TREE), mapping=None)

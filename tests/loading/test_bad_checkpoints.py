@@ -49,7 +49,7 @@ def copy(saved, tmp_path):
     return pathlib.Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-def refused(error, source, *says, names=(), abstract=None, by_plan=True, **arguments):
+def assert_refused(error, source, *says, names=(), abstract=None, by_plan=True, **arguments):
     """`load` refuses with exactly this class, names and words; `plan` does too, unless only the bytes tell."""
     arguments = {"mapping": KEN_MAPPING, "quantization": "fp8_per_block"} | arguments
     abstract = declared(TREE) if abstract is None else abstract
@@ -87,17 +87,17 @@ def test_good(copy):
 
 @pytest.mark.smoke
 def test_nothing_there(tmp_path):
-    error = refused(CheckpointNotFound, tmp_path / "none", "nothing at", str(tmp_path))
+    error = assert_refused(CheckpointNotFound, tmp_path / "none", "nothing at", str(tmp_path))
     assert isinstance(error, FileNotFoundError)
 
 
 def test_no_checkpoint(tmp_path):
-    refused(CheckpointError, tmp_path, "no Orbax checkpoint", "ocp.save")
+    assert_refused(CheckpointError, tmp_path, "no Orbax checkpoint", "ocp.save")
     (tmp_path / "file.txt").write_text("hello")
-    refused(CheckpointError, tmp_path / "file.txt", "no Orbax checkpoint")
+    assert_refused(CheckpointError, tmp_path / "file.txt", "no Orbax checkpoint")
     (tmp_path / "model.safetensors").write_bytes(b"1234")
-    refused(CheckpointError, tmp_path, "safetensors", "convert")
-    refused(CheckpointError, tmp_path / "model.safetensors", "safetensors", "convert")
+    assert_refused(CheckpointError, tmp_path, "safetensors", "convert")
+    assert_refused(CheckpointError, tmp_path / "model.safetensors", "safetensors", "convert")
 
 
 def without(tree, *gone):
@@ -111,18 +111,18 @@ def without(tree, *gone):
 def test_missing_tensors():
     source = without(as_ken(TREE), "l0.w_down", "l1.w_gate", "l1.w_up")
     names = ["l0.w2_weight", "l1.w13_weight"]
-    refused(MissingWeights, source, "mapping", names=names)
+    assert_refused(MissingWeights, source, "mapping", names=names)
 
 
 def test_missing_half():
-    refused(MissingWeights, without(as_ken(TREE), "l1.w_gate"), names=["l1.w13_weight.gate"])
+    assert_refused(MissingWeights, without(as_ken(TREE), "l1.w_gate"), names=["l1.w13_weight.gate"])
     source = without(as_ken(TREE), "l0.w_up", "l1.w_up")
     mapping = {name: rule for name, rule in KEN_MAPPING.items() if name != "*.w_up"}
-    refused(MissingWeights, source, mapping=mapping, names=["l0.w13_weight.up", "l1.w13_weight.up"])
+    assert_refused(MissingWeights, source, mapping=mapping, names=["l0.w13_weight.up", "l1.w13_weight.up"])
 
 
 def test_missing_tensors_below_a_prefix():
-    refused(
+    assert_refused(
         MissingWeights,
         {"params": TREE, "step": np.zeros((), np.int32)},
         "prefix='params'",
@@ -141,9 +141,9 @@ def test_many_missing_tensors_are_all_named():
 @pytest.mark.smoke
 def test_unexpected_tensors():
     source = as_ken(TREE) | {"head": {"kernel": np.zeros((2, 2), np.float32)}, "mtp": np.zeros(3, np.float32)}
-    refused(UnexpectedWeights, source, 'unexpected="ignore"', names=["head.kernel", "mtp"])
-    refused(UnexpectedWeights, source, unexpected=["head.*"], names=["mtp"])
-    refused(UnexpectedWeights, source, unexpected="mtp", names=["head.kernel"])
+    assert_refused(UnexpectedWeights, source, 'unexpected="ignore"', names=["head.kernel", "mtp"])
+    assert_refused(UnexpectedWeights, source, unexpected=["head.*"], names=["mtp"])
+    assert_refused(UnexpectedWeights, source, unexpected="mtp", names=["head.kernel"])
     for allowed in ("ignore", ["head.*", "m?p", "mtp"], ["*"]):
         params, report = quiet_load(
             declared(TREE), source, mapping=KEN_MAPPING, quantization="fp8_per_block", unexpected=allowed
@@ -155,7 +155,7 @@ def test_unexpected_tensors():
 def test_unexpected_tensors_that_a_rule_renames():
     source = {**as_ken(TREE), "opt": np.zeros(3, np.float32)}
     mapping = {**KEN_MAPPING, "opt": "-> gone"}
-    refused(UnexpectedWeights, source, "opt (mapped to gone)", names=["opt"], mapping=mapping)
+    assert_refused(UnexpectedWeights, source, "opt (mapped to gone)", names=["opt"], mapping=mapping)
     quiet_load(declared(TREE), source, mapping=mapping, unexpected=["opt"])
 
 
@@ -164,20 +164,20 @@ def test_wrong_shapes():
     source = as_ken(TREE)
     for layer in source.values():
         layer["w_down"] = layer["w_down"][:, :, :-1]
-    refused(ShapeMismatch, source, "(2, 32, 47)", "needed (2, 32, 48)", names=["l0.w_down", "l1.w_down"])
+    assert_refused(ShapeMismatch, source, "(2, 32, 47)", "needed (2, 32, 48)", names=["l0.w_down", "l1.w_down"])
 
 
 def test_transposed_shapes():
     names = [f"l{layer}.{name}" for layer in (0, 1) for name in ("w_down", "w_gate", "w_up")]
     mapping = {name: rule.replace("K N", "N K") for name, rule in KEN_MAPPING.items()}
-    refused(ShapeMismatch, as_ken(TREE), "state the stored axes", names=names, mapping=mapping)
+    assert_refused(ShapeMismatch, as_ken(TREE), "state the stored axes", names=names, mapping=mapping)
 
 
 @pytest.mark.parametrize("axes", ["S K N", "E S N", "E K", "E S K N"])
 def test_axes_that_the_leaf_has_not(axes):
     tree = ours(e=2, h=2, i=2)
     mapping = {**KEN_MAPPING, "*.w_up": f"{axes} -> *.w13_weight.up"}
-    refused(ShapeMismatch, as_ken(tree), abstract=declared(tree), names=["l0.w_up"], mapping=mapping)
+    assert_refused(ShapeMismatch, as_ken(tree), abstract=declared(tree), names=["l0.w_up"], mapping=mapping)
 
 
 @pytest.mark.smoke
@@ -188,7 +188,7 @@ def test_wrong_dtypes(dtype):
         layer["w_up"] = np.ones(layer["w_up"].shape, dtype)
     for scheme in ("fp8_per_block", None):
         names = ["l0.w_up", "l1.w_up"]
-        refused(DtypeMismatch, source, np.dtype(dtype).name, "bfloat16", names=names, quantization=scheme)
+        assert_refused(DtypeMismatch, source, np.dtype(dtype).name, "bfloat16", names=names, quantization=scheme)
 
 
 def test_wrong_dtypes_of_plain_leaves():
@@ -200,7 +200,7 @@ def test_wrong_dtypes_of_plain_leaves():
         (np.int32, jnp.float8_e4m3fn, "b"),
     ):
         source = {"a": np.zeros(2, a), "b": np.zeros(2, b)}
-        refused(DtypeMismatch, source, names=[wrong], abstract=abstract, mapping=None, quantization=None)
+        assert_refused(DtypeMismatch, source, names=[wrong], abstract=abstract, mapping=None, quantization=None)
 
 
 @pytest.mark.smoke
@@ -219,7 +219,7 @@ def test_not_finite(scheme, value):
     source = jax.tree.map(np.copy, as_ken(TREE))
     source["l0"]["w_up"][1, 40, 31] = value
     source["l1"]["w_down"][0, 0, 0] = value
-    refused(
+    assert_refused(
         NonFiniteWeight,
         source,
         "NaN or infinite",
@@ -233,7 +233,7 @@ def test_not_finite(scheme, value):
 def test_not_finite_plain_leaves():
     source = {"a": np.array([1, np.nan], np.float32), "b": np.float32([[1], [2]]), "c": np.array(np.inf, np.float16)}
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), source)
-    refused(
+    assert_refused(
         NonFiniteWeight, source, names=["a", "c"], abstract=abstract, mapping=None, quantization=None, by_plan=False
     )
 
@@ -301,7 +301,7 @@ def test_one_damaged_tensor_of_plain_files(tmp_path, damage):
                 chunk.unlink()
             else:
                 chunk.write_bytes(chunk.read_bytes()[:-20])
-    refused(CorruptCheckpoint, tmp_path / "c", "damaged", names=["l0.w_up", "l1.w_down"], by_plan=False)
+    assert_refused(CorruptCheckpoint, tmp_path / "c", "damaged", names=["l0.w_up", "l1.w_down"], by_plan=False)
 
 
 @pytest.mark.parametrize("scheme", [None, "fp8_per_block", "fp8_per_channel", "int8_w8a16"])
