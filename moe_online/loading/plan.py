@@ -20,7 +20,7 @@ from moe_online.loading.messages import human_bytes, listed, rendered
 from moe_online.loading.quantizer import temporary_bytes
 from moe_online.loading.tree import WEIGHTS, Leaf
 from moe_online.loading.units import Target, Unit, allocated_bytes, block_bytes, cut_units, num_rows, stored_bytes
-from moe_online.schemes import QuantSpec
+from moe_online.schemes import SHORTHANDS, QuantSpec
 
 WIDE = 100  # columns of a terminal from which on tables show everything
 
@@ -167,6 +167,8 @@ def choose_specs(
         idle = [key for key, _ in config.targets if all(rule != f"targets: {key}" for _, rule in chosen.values())]
         if idle:
             raise ConfigError(f"targets match no experts: {', '.join(idle)}; experts are {_experts(leaves)}")
+    if config is not None:
+        _check_explicit(config, [rule for spec, rule in chosen.values() if spec is not None])
     if config is not None and all(spec is None for spec, _ in chosen.values()):
         deep = [f"{leaf.name} {tuple(leaf.aval.shape)}" for leaf in leaves if leaf.aval.ndim >= 3]
         raise ConfigError(
@@ -174,6 +176,18 @@ def choose_specs(
             'weights of moe_online.flax.MoE, or leaves whose mapping rule states their axes: {"*.w_in": "E K N"}'
         )
     return chosen
+
+
+def _check_explicit(config: OnlineQuantConfig, rules: Sequence[str]) -> None:
+    """Raises ConfigError where a scheme for one kind of layer reaches none, unless a shorthand brought it along."""
+    pair = config.linear, config.moe
+    if None in pair or any(pair == (known.linear, known.moe) for known in SHORTHANDS.values()):
+        return
+    for kind in ("linear", "moe"):
+        if kind not in rules:
+            raise ConfigError(
+                f"{kind}={getattr(config, kind)} reaches no {kind} layer that can hold quantized weights; leave it out"
+            )
 
 
 def _experts(leaves: Sequence[Leaf]) -> str:

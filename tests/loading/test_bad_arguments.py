@@ -55,6 +55,9 @@ def test_scheme_that_reaches_nothing():
     assert_refused("wi (2, 3, 4)", "E K N", abstract=plain, source=source, quantization="fp8_per_block")
     assert_refused("1 layer (l0)", quantization={"targets": {"*other": "fp8_per_block"}})
     assert_refused("reaches no leaf", quantization={"moe": "fp8_per_block", "ignore": ["*"]})
+    both = {"linear": "int8_w8a16", "moe": "fp8_per_block"}
+    assert_refused("linear=int8_per_channel / none reaches no linear layer", quantization=both)
+    quiet_load(declared(TREE), TREE, quantization={"linear": "fp8_per_block", "moe": "fp8_per_block"})  # a shorthand's
 
 
 def test_concrete_leaves():
