@@ -8,6 +8,7 @@ from pallas_kernels.formats import get_format as get_format
 from pallas_kernels.fused_moe import fused_moe as fused_moe
 from pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from pallas_kernels.implementations import UnsupportedError as UnsupportedError
+from pallas_kernels.implementations import interpreted as interpreted
 from pallas_kernels.matmul import matmul as matmul
 from pallas_kernels.quantize import quantize as quantize
 from pallas_kernels.routing import GroupMetadata as GroupMetadata

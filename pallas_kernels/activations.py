@@ -32,7 +32,7 @@ def _gelu_tanh(act: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _relu2(act: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jnp.square(jax.nn.relu(gate)) * up
+    return jnp.square(jnp.maximum(gate, 0)) * up
 
 
 def _swigluoai(act: Activation, gate: jax.Array, up: jax.Array) -> jax.Array:

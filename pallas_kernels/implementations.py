@@ -2,47 +2,133 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import importlib
 import warnings
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol, cast
 
 import jax
+from jax.extend import backend as jax_backend
 
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_gpu", "mosaic_tpu")
 
-# What a device of this platform would run by itself, were there a kernel for the call.
-_NATIVE: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+# What a device of this platform runs by itself, where there is a kernel for the call.
+NATIVE: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
+_PLATFORMS = {implementation: platform for platform, implementation in NATIVE.items()}
+
+_interpreted: contextvars.ContextVar[str | None] = contextvars.ContextVar("interpreted", default=None)
 
 
 class UnsupportedError(NotImplementedError):
     """No implementation, or not the named one, can serve this call; the message says why."""
 
 
-def choose(op: str, implementation: str | None, unsupported: Mapping[Implementation, str]) -> Implementation:
-    """The implementation that runs `op`.
+class Kernel(Protocol):
+    """A module that holds the kernel of one operation for one kind of device.
+
+    It can be imported wherever the rest of the package can: what it needs beyond that it imports when it runs, and
+    names in `unsupported` while it is missing.
+    """
+
+    def unsupported(self, call: Any) -> str | None:
+        """Why it cannot serve this (already validated) call, or None."""
+        ...
+
+    def run(self, call: Any) -> Any:
+        """Serves the call."""
+        ...
+
+
+def choose(
+    op: str, implementation: str | None, kernels: Mapping[Implementation, str], call: Any = None
+) -> Kernel | None:
+    """The kernel that serves this call; None for XLA.
 
     Args:
       op: The operation's name, for messages.
-      implementation: `None` for the best one on the default backend, or a name.
-      unsupported: For each implementation that cannot serve this call, the reason.
+      implementation: `None` for the best one on the device that the call is traced for, or a name.
+      kernels: The module of each kernel that the operation has, imported on first use.
+      call: Passed to the kernel's `unsupported`.
 
     Raises:
       ValueError: an unknown name.
-      UnsupportedError: the named implementation is in `unsupported`.
+      UnsupportedError: the named implementation cannot serve this call, or does not run on this device.
     """
+    platform = target_platform()
     if implementation is None:
-        native = _NATIVE.get(jax.default_backend(), "xla")
-        if native in unsupported:
-            _warn_fallback(op, native, unsupported[native])
-            return "xla"
-        return native
+        native = NATIVE.get(platform, "xla")
+        if native == "xla":
+            return None
+        kernel, reason = _find(native, kernels, call)
+        if reason is not None:
+            _warn_fallback(op, native, reason)
+        return kernel
     for known in IMPLEMENTATIONS:
         if implementation == known:
-            if known in unsupported:
-                raise UnsupportedError(f"{op}: {known!r} cannot serve this call: {unsupported[known]}; use 'xla'")
-            return known
+            return None if known == "xla" else _explicit(op, known, kernels, call, platform)
     raise ValueError(f"{implementation=} must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+
+
+def target_platform() -> str:
+    """The platform that calls are traced for: that of the current mesh, else of the default device."""
+    if (name := _interpreted.get()) is not None:
+        return _PLATFORMS[cast(Implementation, name)]
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax_backend.get_default_device()
+    platform: str = device.platform
+    return platform
+
+
+@contextlib.contextmanager
+def interpreted(implementation: Implementation, **parameters: Any) -> Iterator[None]:
+    """Runs kernels on a CPU, slowly and with checks: for tests and debugging. Needs the package absl-py.
+
+    Args:
+      implementation: `"mosaic_gpu"` or `"mosaic_tpu"`; what is traced inside is traced for such a device.
+      parameters: Of jax's `InterpretGPUParams` or `InterpretParams`, such as `detect_races=True`.
+
+    Raises:
+      ValueError: another implementation.
+      UnsupportedError: this version of jax has no interpreter for it.
+    """
+    if implementation not in _PLATFORMS:
+        raise ValueError(f"{implementation=} must be one of {', '.join(map(repr, _PLATFORMS))}")
+    if implementation == "mosaic_gpu":
+        from jax.experimental.pallas import mosaic_gpu as plgpu
+
+        if not hasattr(plgpu, "force_gpu_interpret_mode"):
+            raise UnsupportedError(f"interpreting Mosaic GPU kernels needs jax >= 0.11, and this is {jax.__version__}")
+        forced = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**parameters))
+    else:
+        from jax.experimental.pallas import tpu as pltpu
+
+        forced = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**parameters))
+    token = _interpreted.set(implementation)
+    try:
+        with forced:
+            yield
+    finally:
+        _interpreted.reset(token)
+
+
+def _explicit(op: str, name: Implementation, kernels: Mapping[Implementation, str], call: Any, platform: str) -> Kernel:
+    kernel, reason = _find(name, kernels, call)
+    if reason is None and platform != _PLATFORMS[name]:
+        reason = f"it runs on a {_PLATFORMS[name]} and this call is traced for a {platform}"
+    if kernel is None or reason is not None:
+        raise UnsupportedError(f"{op}: {name!r} cannot serve this call: {reason}; use 'xla'")
+    return kernel
+
+
+def _find(name: Implementation, kernels: Mapping[Implementation, str], call: Any) -> tuple[Kernel | None, str | None]:
+    """The kernel of this name, or the reason why it cannot serve; an error while importing it is a bug and surfaces."""
+    if name not in kernels:
+        return None, "there is no kernel for it yet"
+    kernel = cast(Kernel, importlib.import_module(kernels[name]))
+    reason = kernel.unsupported(call)
+    return (kernel, None) if reason is None else (None, reason)
 
 
 _warned: set[tuple[str, str, str]] = set()

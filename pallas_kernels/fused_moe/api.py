@@ -8,11 +8,9 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.formats import Format, QuantizedArray
-from pallas_kernels.fused_moe import reference
+from pallas_kernels.fused_moe import pipeline
 from pallas_kernels.grouped_matmul.operands import activation_format_for, check_float, check_operand
-from pallas_kernels.implementations import Implementation, choose
-
-NO_KERNEL = "it has no fused MoE kernel yet"
+from pallas_kernels.implementations import Implementation
 
 
 def fused_moe(
@@ -48,7 +46,7 @@ def fused_moe(
       expert_map: int32 `[global_E]`: `topk_ids` are global ids, and this gives the place of each in `w13` and `w2`, or
         -1 for an expert that is elsewhere and contributes nothing.
       apply_router_weight_on_input: Multiplies `x` (rounded to its dtype) in place of the output; top_k must be 1.
-      implementation: `None` or `"xla"`.
+      implementation: Of the matmuls: `None` for the best one here, `"xla"`, `"mosaic_gpu"` or `"mosaic_tpu"`.
 
     Returns:
       `[T, H]` in the dtype of `x`; the same bits from run to run.
@@ -76,8 +74,7 @@ def fused_moe(
     _check_routing(x, topk_weights, topk_ids, expert_map)
     if apply_router_weight_on_input and topk_ids.shape[1] != 1:
         raise ValueError(f"apply_router_weight_on_input needs top_k 1, not {topk_ids.shape[1]}: {topk_ids.shape=}")
-    choose("fused_moe", implementation, {"mosaic_gpu": NO_KERNEL, "mosaic_tpu": NO_KERNEL})
-    return reference.fused_moe(
+    return pipeline.fused_moe(
         x,
         w13,
         w2,
@@ -89,6 +86,7 @@ def fused_moe(
         w2_bias=w2_bias,
         expert_map=expert_map,
         apply_router_weight_on_input=apply_router_weight_on_input,
+        implementation=implementation,
     )
 
 

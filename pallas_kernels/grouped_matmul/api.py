@@ -10,12 +10,10 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.formats import Format, QuantizedArray, get_format
-from pallas_kernels.grouped_matmul import reference
+from pallas_kernels.grouped_matmul.call import Call, dispatch
 from pallas_kernels.grouped_matmul.operands import activation_format_for, check_float, check_operand, result_dtype
-from pallas_kernels.implementations import Implementation, choose
-from pallas_kernels.routing import GroupMetadata
-
-NO_KERNEL = "it has no grouped matmul kernel yet"
+from pallas_kernels.implementations import Implementation
+from pallas_kernels.routing import GroupMetadata, make_group_metadata
 
 
 def grouped_matmul(
@@ -31,6 +29,7 @@ def grouped_matmul(
     group_offset: Int32[Array, ""] | int | None = None,
     out_dtype: Any = None,
     implementation: Implementation | None = None,
+    config: Any = None,
 ) -> Float[Array, "M N_out"] | QuantizedArray:
     """Multiplies each group of rows of `lhs` with its expert of `rhs`; sums in f32.
 
@@ -47,7 +46,8 @@ def grouped_matmul(
         `out_dtype`, and their activation, computed in f32, once more.
       group_offset: int32 scalar; `rhs` holds the experts `[offset, offset + E)`.
       out_dtype: bf16, f16 or f32. Default: that of `lhs`, bf16 where it is quantized.
-      implementation: `None` or `"xla"`.
+      implementation: `None` for the best one here, `"xla"`, `"mosaic_gpu"` or `"mosaic_tpu"`.
+      config: Tiles of the kernel: its `MosaicGpuConfig` or `MosaicTpuConfig`. Default: chosen by shape.
 
     Returns:
       `[M, N]`, or `[M, N/2]` with an epilogue. Rows past `sum(group_sizes)` and rows of experts that are not in `rhs`
@@ -78,19 +78,20 @@ def grouped_matmul(
     if epilogue is not None and n % 2:
         raise ValueError(f"N={n} of {rhs.shape=} must be even with an epilogue: gate rows, then up rows")
     activation = None if epilogue is None else get_activation(epilogue)
-    choose("grouped_matmul", implementation, {"mosaic_gpu": NO_KERNEL, "mosaic_tpu": NO_KERNEL})
-    return reference.grouped_matmul(
-        lhs,
-        rhs,
-        group_sizes,
+    call = Call(
+        lhs=lhs,
+        rhs=rhs,
+        group_sizes=group_sizes,
+        metadata=metadata or make_group_metadata(group_sizes),
         out_dtype=result_dtype(lhs, out_dtype),
-        metadata=metadata,
         activation_format=activation_format_for(lhs, activation_format),
         out_format=None if out_format is None else get_format(out_format, role="activation"),
         bias=bias,
         epilogue=activation,
         group_offset=group_offset,
+        config=config,
     )
+    return dispatch(call, implementation)
 
 
 def _check_groups(

@@ -23,13 +23,12 @@ from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.grouped_matmul.product import (
     Operand,
     contraction_dtype,
-    no_gradient,
     operand,
     product,
     spread_rows,
 )
 from pallas_kernels.quantize import quantize
-from pallas_kernels.routing import GroupMetadata, make_group_metadata
+from pallas_kernels.routing import GroupMetadata
 
 MAX_TILE = 512  # rows; larger ones are no faster
 MIN_TILE = 8
@@ -51,7 +50,7 @@ def grouped_matmul(
     group_sizes: Int32[Array, " groups"],
     *,
     out_dtype: Any,
-    metadata: GroupMetadata | None = None,
+    metadata: GroupMetadata,
     activation_format: Format | None = None,
     out_format: Format | None = None,
     bias: jax.Array | None = None,
@@ -59,10 +58,8 @@ def grouped_matmul(
     group_offset: Int32[Array, ""] | int | None = None,
 ) -> Float[Array, "M N_out"] | QuantizedArray:
     """See `pallas_kernels.grouped_matmul`; `rhs` may also be `[E, S, N, K]` with `bias` `[E, S, N]`."""
-    lhs, rhs = jax.tree.map(no_gradient, (lhs, rhs))
     if activation_format is not None and not isinstance(lhs, QuantizedArray):
         lhs = quantize(lhs, activation_format)
-    metadata = metadata or make_group_metadata(group_sizes)
     groups = _groups(group_sizes, metadata, rhs.shape[0], lhs.shape[0], group_offset)
     out = _visit_groups(lhs, rhs, groups, bias, epilogue, np.dtype(out_dtype))
     return out if out_format is None else quantize(out, out_format)

@@ -9,8 +9,6 @@ from pallas_kernels.grouped_matmul.operands import activation_format_for, check_
 from pallas_kernels.implementations import Implementation, choose
 from pallas_kernels.matmul import reference
 
-NO_KERNEL = "it has no dense matmul kernel yet"
-
 
 def matmul(
     x: Float[Array, "M K"] | QuantizedArray,
@@ -52,5 +50,5 @@ def matmul(
         check_float("bias", bias)
         if bias.shape != (n,):
             raise ValueError(f"{bias.shape=} must be [N] = {(n,)}")
-    choose("matmul", implementation, {"mosaic_gpu": NO_KERNEL, "mosaic_tpu": NO_KERNEL})
+    choose("matmul", implementation, {})
     return reference.matmul(x, w, bias, activation_format_for(x, activation_format), result_dtype(x))

@@ -43,9 +43,10 @@ def test_bad_dtypes():
         fused_moe(**{**GOOD, "w2": GOOD["w2"].astype(jnp.int8)})
 
 
-def test_no_kernel_yet():
-    with pytest.raises(UnsupportedError, match="no fused MoE kernel yet"):
-        fused_moe(**GOOD, implementation="mosaic_tpu")
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
+def test_a_kernel_that_cannot_serve_says_why(implementation):
+    with pytest.raises(UnsupportedError, match=f"'{implementation}' cannot serve.*use 'xla'"):
+        fused_moe(**GOOD, implementation=implementation)
 
 
 def test_gradients():

@@ -52,7 +52,7 @@ def test_bad_dtypes():
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
-def test_no_kernel_yet(implementation):
+def test_a_kernel_that_cannot_serve_says_why(implementation):
     with pytest.raises(UnsupportedError, match=f"'{implementation}' cannot serve.*use 'xla'"):
         call(implementation=implementation)
 

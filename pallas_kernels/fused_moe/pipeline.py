@@ -1,17 +1,18 @@
-"""The routed experts in XLA: sort once, two grouped matmuls, one combine."""
+"""The routed experts: sort once, two grouped matmuls (kernels where there are), one combine."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.bits import storage_bits
 from pallas_kernels.formats import Format, QuantizedArray
+from pallas_kernels.grouped_matmul.call import Call, dispatch
 from pallas_kernels.grouped_matmul.product import no_gradient
-from pallas_kernels.grouped_matmul.reference import grouped_matmul
 from pallas_kernels.quantize import quantize
 from pallas_kernels.routing import ExpertOrder, sort_by_expert
 
@@ -29,6 +30,7 @@ def fused_moe(
     w2_bias: jax.Array | None,
     expert_map: Int32[Array, " global_E"] | None,
     apply_router_weight_on_input: bool,
+    implementation: str | None,
 ) -> Float[Array, "T H"]:
     """See `pallas_kernels.fused_moe`."""
     if topk_ids.size == 0:
@@ -39,17 +41,25 @@ def fused_moe(
     if apply_router_weight_on_input:
         x = (x.astype(jnp.float32) * weights).astype(dtype)
         weights = jnp.ones_like(weights)
-    hidden = grouped_matmul(
-        _gather(x, order.tokens, activation_format),
-        w13,
-        order.group_sizes,
+    first = Call(
+        lhs=_gather(x, order.tokens, activation_format),
+        rhs=w13,
+        group_sizes=order.group_sizes,
         metadata=order.metadata,
         bias=w13_bias,
         epilogue=activation,
         out_dtype=dtype,
         out_format=activation_format,
     )
-    out = grouped_matmul(hidden, w2, order.group_sizes, metadata=order.metadata, bias=w2_bias, out_dtype=jnp.float32)
+    second = Call(
+        lhs=dispatch(first, implementation),
+        rhs=w2,
+        group_sizes=order.group_sizes,
+        metadata=order.metadata,
+        bias=w2_bias,
+        out_dtype=np.dtype(np.float32),
+    )
+    out = dispatch(second, implementation)
     assert not isinstance(out, QuantizedArray)  # no out_format was given
     return _combine(out, weights, order).astype(dtype)
 

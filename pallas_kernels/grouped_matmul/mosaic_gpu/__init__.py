@@ -1,0 +1,93 @@
+"""Grouped matmul on NVIDIA Hopper."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.devices import num_cores
+from pallas_kernels.formats import QuantizedArray
+from pallas_kernels.grouped_matmul.call import Call
+from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT, MosaicGpuConfig, heuristic
+from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles, plan_work
+
+__all__ = ["MosaicGpuConfig", "run", "unsupported"]
+
+FIRST_JAX = (0, 11)
+UNSUPPORTED_ACTIVATIONS = {"gelu": "error function"}
+DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def unsupported(call: Call) -> str | None:
+    """Why it cannot serve a call, or None."""
+    if jax.__version_info__[:2] < FIRST_JAX:
+        return f"it needs jax >= 0.11, and this is {jax.__version__}"
+    if isinstance(call.lhs, QuantizedArray) or isinstance(call.rhs, QuantizedArray):
+        return "there is no kernel for quantized operands yet"
+    for name in ("activation_format", "out_format"):
+        if getattr(call, name) is not None:
+            return f"it does not take {name} yet"
+    if call.epilogue is not None and call.epilogue.name in UNSUPPORTED_ACTIVATIONS:
+        return f"jax has no {UNSUPPORTED_ACTIVATIONS[call.epilogue.name]} in its kernels, for {call.epilogue.name!r}"
+    return _unsupported_arrays(call) or _unsupported_config(call)
+
+
+def _unsupported_arrays(call: Call) -> str | None:
+    lhs, rhs = call.lhs, call.rhs
+    if lhs.dtype != rhs.dtype or lhs.dtype not in DTYPES:
+        return f"it multiplies bfloat16 with bfloat16 or float16 with float16, not {lhs.dtype} with {rhs.dtype}"
+    n, k = math.prod(rhs.shape[1:-1]), rhs.shape[-1]
+    unit = 64 if call.epilogue is None else 128  # gate and up in equal parts
+    if n % unit or n < 128 or k % 64 or not k:
+        return f"N={n} must be a multiple of {unit}, at least 128, and K={k} one of 64"
+    return None
+
+
+def _unsupported_config(call: Call) -> str | None:
+    config = call.config
+    if config is None:
+        return None
+    if not isinstance(config, MosaicGpuConfig):
+        return f"config must be a MosaicGpuConfig, not {config!r}"
+    if config.smem_bytes() > SMEM_LIMIT:
+        return f"{config} takes {config.smem_bytes()} bytes of shared memory of {SMEM_LIMIT}; use fewer stages"
+    n = math.prod(call.rhs.shape[1:-1])
+    if call.epilogue is not None and config.warpgroup_n < 128:
+        return f"{config} gives a warpgroup {config.warpgroup_n} columns; with an epilogue it needs 128, gate and up"
+    return f"{config.block_n=} is above N={n}" if config.block_n > n else None
+
+
+def run(call: Call) -> jax.Array:
+    """Serves a call that `unsupported` let pass."""
+    from pallas_kernels.grouped_matmul.mosaic_gpu.sm90_bf16 import grouped_matmul_bf16
+
+    lhs, rhs = call.lhs, call.rhs
+    assert isinstance(lhs, jax.Array)
+    assert isinstance(rhs, jax.Array)
+    num_experts, k = rhs.shape[0], rhs.shape[-1]
+    rhs = rhs.reshape(num_experts, -1, k)
+    (m, _), n = lhs.shape, rhs.shape[1]
+    if m == 0 or num_experts == 0:
+        return jnp.zeros((m, n if call.epilogue is None else n // 2), call.out_dtype)
+    config = call.config or heuristic(m=m, num_experts=num_experts, n=n, gated=call.epilogue is not None)
+    work = plan_work(
+        call.metadata.group_starts,
+        call.group_sizes,
+        num_rows=m,
+        num_experts=num_experts,
+        group_offset=call.group_offset,
+        block_m=config.block_m,
+    )
+    tiles = max_tiles(m, num_experts, config.block_m) * -(-n // config.block_n)
+    return grouped_matmul_bf16(
+        lhs,
+        rhs,
+        work,
+        bias=None if call.bias is None else call.bias.reshape(num_experts, n),
+        epilogue=call.epilogue,
+        out_dtype=call.out_dtype,
+        config=config,
+        num_programs=min(num_cores(), tiles),
+    )

@@ -1,0 +1,63 @@
+"""Tiles of the Hopper grouped matmul: what they cost, and which to take for a shape."""
+
+from __future__ import annotations
+
+import dataclasses
+
+SMEM_LIMIT = 232_448  # bytes of shared memory that one block may take on sm_90
+WARPGROUP_ROWS = 64  # of one wgmma
+COMPUTE_WARPGROUPS = 2
+STORE_BYTES = 128  # width of the column chunks that go from registers to memory: one swizzled row
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MosaicGpuConfig:
+    """Tiles of one block: two compute warpgroups and one that loads.
+
+    Raises:
+      ValueError: a size that the hardware's instructions do not have; the message says which they do.
+    """
+
+    block_m: int  # rows of one expert per tile; 128: a warpgroup has half the rows, 64: half the columns
+    block_n: int  # rows of the weights per tile
+    block_k: int = 64  # elements of K per pipeline step: one 128-byte row in 16 bits
+    stages: int = 4  # steps whose operands sit in shared memory at once
+    band: int = 8  # row tiles that share a column of weights before the next column, so that it comes from L2
+
+    def __post_init__(self) -> None:
+        if self.block_m not in (64, 128):
+            raise ValueError(f"block_m={self.block_m} must be 64 or 128: two warpgroups of {WARPGROUP_ROWS} rows")
+        if self.block_n % 128 or not 128 <= self.block_n <= 512 // (self.block_m // 64):
+            raise ValueError(f"block_n={self.block_n} must be a multiple of 128, at most 256 for each warpgroup")
+        if self.block_k != 64:
+            raise ValueError(f"block_k={self.block_k} must be 64, the 128 bytes of one swizzled row of 16-bit elements")
+        if self.stages < 2 or self.band < 1:
+            raise ValueError(f"stages={self.stages} must be at least 2 and band={self.band} at least 1")
+
+    @property
+    def split_rows(self) -> bool:
+        """Whether the warpgroups share the rows of a tile, not its columns."""
+        return self.block_m == 2 * WARPGROUP_ROWS
+
+    @property
+    def warpgroup_n(self) -> int:
+        """Columns that one warpgroup multiplies."""
+        return self.block_n if self.split_rows else self.block_n // COMPUTE_WARPGROUPS
+
+    def smem_bytes(self, itemsize: int = 2) -> int:
+        """Shared memory of operands and output; barriers take a little more."""
+        operands = self.stages * self.block_k * (self.block_m + self.block_n) * itemsize
+        return operands + 2 * COMPUTE_WARPGROUPS * WARPGROUP_ROWS * STORE_BYTES
+
+
+def heuristic(*, m: int, num_experts: int, n: int, gated: bool) -> MosaicGpuConfig:
+    """The tiles for `m` rows over `num_experts` experts with `n` rows of weights each.
+
+    Wide tiles reach the tensor cores' rate; with few rows for each expert the weights' bytes bind, and narrow tiles
+    keep more loads in flight (LOGBOOK.md has the measurements).
+    """
+    if m > 64 * num_experts:
+        return MosaicGpuConfig(block_m=128, block_n=256 if n >= 256 else 128, stages=4 if n >= 256 else 6, band=4)
+    if gated:  # two narrow warpgroups would not have whole rows to store
+        return MosaicGpuConfig(block_m=64, block_n=256) if n >= 256 else MosaicGpuConfig(block_m=128, block_n=128)
+    return MosaicGpuConfig(block_m=64, block_n=128, stages=6)

@@ -1,0 +1,55 @@
+"""Which tiles there are: planned in XLA, once for each block height, from the sizes of the groups."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ALIGNMENT = 8  # rows: where a tile of a swizzled operand can begin
+
+
+class Work(NamedTuple):
+    """Tiles of rows, experts in order; the rows of no expert are tiles of expert -1, to be filled with zeros.
+
+    A tile loads `block_m` rows from `row` on and owns `[first, last)` of them: the others belong to its neighbours.
+    """
+
+    tiles: jax.Array  # [4, max_tiles] int32: expert, row, first, last
+    num_tiles: jax.Array  # [1] int32; tiles past it have no meaning
+
+
+def plan_work(
+    group_starts: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    num_rows: int,
+    num_experts: int,
+    group_offset: jax.Array | int | None,
+    block_m: int,
+) -> Work:
+    """The tiles of the groups `[group_offset, group_offset + num_experts)`, and of the rows before and after them."""
+    if group_offset is not None:
+        group_starts = lax.dynamic_slice_in_dim(group_starts, group_offset, num_experts)
+        group_sizes = lax.dynamic_slice_in_dim(group_sizes, group_offset, num_experts)
+    zero, end = jnp.zeros(1, jnp.int32), group_starts[-1:] + group_sizes[-1:]
+    starts = jnp.concatenate([zero, group_starts, end])
+    ends = jnp.concatenate([group_starts[:1], group_starts + group_sizes, jnp.full(1, num_rows, jnp.int32)])
+    experts = jnp.arange(-1, num_experts + 1, dtype=jnp.int32).at[-1].set(-1)
+    aligned = starts // ALIGNMENT * ALIGNMENT
+    counts = jnp.where(ends > starts, (ends - aligned + block_m - 1) // block_m, jnp.zeros_like(ends))
+    after = jnp.cumsum(counts, dtype=jnp.int32)  # tiles up to and with each range
+    index = lax.iota(jnp.int32, max_tiles(num_rows, num_experts, block_m))
+    owner = jnp.searchsorted(after, index, side="right", method="compare_all").astype(jnp.int32)
+    owner = jnp.minimum(owner, num_experts + 1)
+    row = aligned[owner] + (index - (after - counts)[owner]) * block_m
+    first, last = jnp.maximum(row, starts[owner]), jnp.minimum(row + block_m, ends[owner])
+    return Work(tiles=jnp.stack([experts[owner], row, first, last]), num_tiles=after[-1:])
+
+
+def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """The most tiles that any sizes of groups can ask for: each range of rows may begin and end within a tile."""
+    ranges = min(num_experts + 2, num_rows)
+    return (num_rows + ranges * (block_m + ALIGNMENT - 2)) // block_m

@@ -1,0 +1,102 @@
+"""The Hopper kernels pass the real compilers for sm_90a: no spills, no copies of the weights, within shared memory."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import aot_gpu
+from pallas_kernels import QuantizedArray, grouped_matmul, quantize
+from pallas_kernels.grouped_matmul.mosaic_gpu import FIRST_JAX, MosaicGpuConfig, unsupported
+from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT
+from scaled_kernel import scaled_matmul
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        jax.__version_info__[:2] < FIRST_JAX, reason=f"Mosaic GPU kernels need jax >= 0.11, this is {jax.__version__}"
+    ),
+    pytest.mark.skipif(bool(aot_gpu.MISSING), reason=f"{', '.join(aot_gpu.MISSING)} not installed: extra `aot-gpu`"),
+]
+S, BF16 = jax.ShapeDtypeStruct, jnp.bfloat16
+MODELS = {  # E, top_k, H, I, activation, biased
+    "qwen3-30b": (128, 8, 2048, 768, "silu", False),
+    "mixtral": (8, 2, 4096, 14336, "silu", False),
+    "dsv3-tp8": (256, 8, 7168, 256, "silu", False),
+    "gpt-oss-20b": (32, 4, 2880, 2880, "swigluoai", True),
+}
+
+
+def arguments(m, e, n, k, biased):
+    return [S((m, k), BF16), S((e, n, k), BF16), S((e,), jnp.int32), *([S((e, n), BF16)] if biased else [])]
+
+
+def call(lhs, rhs, sizes, bias=None, **options):
+    return grouped_matmul(lhs, rhs, sizes, bias=bias, implementation="mosaic_gpu", **options)
+
+
+@pytest.mark.parametrize("tokens", [5, 64, 4096])
+@pytest.mark.parametrize("model", MODELS)
+def test_real_shapes(model, tokens, tmp_path):
+    e, top_k, h, i, activation, biased = MODELS[model]
+    m = tokens * top_k
+    with aot_gpu.kernel_reports(tmp_path) as reports:
+        for n, k, epilogue in ((2 * i, h, activation), (h, i, None)):
+            avals = arguments(m, e, n, k, biased)
+            compiled = aot_gpu.compile_for(aot_gpu.device_of(), functools.partial(call, epilogue=epilogue), *avals)
+            # the plan of tiles, and where M is no multiple of 8 the padded rows; never the weights
+            assert aot_gpu.temporary_bytes(compiled) <= 2**16 + (m % 8 > 0) * (m + 8) * k * 2 + biased * (e + 1) * n * 4
+    assert len(reports) == 2
+    for report in reports:
+        print(model, tokens, report)
+        assert report.target == "sm_90a"
+        assert report.spill_bytes == 0
+        assert report.smem_bytes <= SMEM_LIMIT
+
+
+@pytest.mark.smoke
+def test_it_is_what_runs_on_hopper(tmp_path):
+    avals = arguments(512, 8, 512, 256, biased=False)
+    with aot_gpu.kernel_reports(tmp_path) as reports:
+        aot_gpu.compile_for(aot_gpu.device_of(), grouped_matmul, *avals)
+    assert [report.target for report in reports] == ["sm_90a"]
+
+
+@pytest.mark.smoke
+def test_ptxas_ran():
+    """Negative control: Blackwell has no wgmma."""
+    avals = arguments(512, 8, 512, 256, biased=False)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Pass pipeline failed"):
+        aot_gpu.compile_for(aot_gpu.device_of(aot_gpu.BLACKWELL), call, *avals)
+
+
+def test_too_much_shared_memory_is_noticed(monkeypatch):
+    """Negative control: without our own check the compiler refuses the same config."""
+    large = MosaicGpuConfig(block_m=128, block_n=256, stages=5)
+    avals = arguments(512, 8, 512, 4096, biased=False)
+    monkeypatch.setattr(sys.modules[unsupported.__module__], "SMEM_LIMIT", 2**30)
+    with pytest.raises(ValueError, match="exceeds available shared memory"):
+        aot_gpu.compile_for(aot_gpu.device_of(), functools.partial(call, config=large), *avals)
+
+
+@pytest.mark.parametrize("name", ["fp8_per_block", "fp8_per_channel"])
+def test_quantized_weights_need_no_other_layout(name, tmp_path):
+    """Codes `[E, N, K]` and scales `[E, K/bk, N/bn]` go into a kernel as stored; transposed codes do not."""
+    e, n, k = 8, 4096, 2048
+    q = jax.eval_shape(lambda: quantize(jnp.zeros((e, n, k), BF16), name))
+    lhs = S((64, k), jnp.float8_e4m3fn)
+
+    def run(lhs, values, scales):
+        return scaled_matmul(lhs, QuantizedArray.from_parts(values, scales, name))
+
+    with aot_gpu.kernel_reports(tmp_path) as reports:
+        compiled = aot_gpu.compile_for(aot_gpu.device_of(), run, lhs, q.values, q.scales)
+    assert aot_gpu.temporary_bytes(compiled) < 4096
+    assert reports[0].spill_bytes == 0
+    turned = S((e, k, n), q.values.dtype)
+    compiled = aot_gpu.compile_for(
+        aot_gpu.device_of(), lambda lhs, v, s: run(lhs, jnp.swapaxes(v, 1, 2), s), lhs, turned, q.scales
+    )
+    assert aot_gpu.temporary_bytes(compiled) >= e * n * k
