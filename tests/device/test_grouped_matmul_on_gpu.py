@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import definition
-from pallas_kernels import grouped_matmul
+from pallas_kernels import fused_moe, grouped_matmul
 from tolerance import assert_close, assert_same_bits
 
 pytestmark = [
@@ -46,6 +46,42 @@ def test_random_shapes(seed):
     found = call(x, w, sizes)
     assert_close(found, expected_of(x, w, sizes, offset), **(EXACT if seed % 2 else ROUNDING))
     assert_same_bits(call(x, w, sizes), found)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "relu2", "swigluoai"])
+@pytest.mark.parametrize("seed", range(6))
+def test_epilogues(seed, name):
+    rng = np.random.default_rng(seed)
+    x, w, sizes, offset = random_problem(1000 + seed)
+    w = (rng.standard_normal((len(w), 128 * int(rng.integers(1, 9)), x.shape[1])) / 16).astype(jnp.bfloat16)
+    bias = rng.standard_normal(w.shape[:2]).astype(jnp.bfloat16)
+    found = jax.jit(
+        lambda x, w, sizes, bias: grouped_matmul(
+            x, w, sizes, bias=bias, epilogue=name, group_offset=offset, implementation="mosaic_gpu"
+        )
+    )(x, w, sizes, bias)
+    arrays = (array.astype(np.float64) for array in (x, w))
+    sums = definition.grouped_matmul(*arrays, sizes, bias=bias.astype(np.float64), offset=offset or 0)
+    gate, up = np.split(definition.rounded(sums, jnp.bfloat16), 2, axis=1)
+    expected = definition.activation(name, gate, up, limit=7.0 if name == "swigluoai" else None)
+    expected[~sums.any(axis=1)] = 0
+    assert_close(found, expected, batch=4.5e-3, worst_row=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64, 700])
+def test_whole_layer(tokens):
+    rng = np.random.default_rng(tokens)
+    x = rng.standard_normal((tokens, 256)).astype(jnp.bfloat16)
+    w13 = (rng.standard_normal((16, 2, 192, 256)) / 16).astype(jnp.bfloat16)
+    w2 = (rng.standard_normal((16, 256, 192)) / 14).astype(jnp.bfloat16)
+    ids = np.stack([rng.permutation(17)[:4] - 1 for _ in range(tokens)]).astype(np.int32)  # -1: of no expert
+    weights = rng.random((tokens, 4)).astype(np.float32)
+    found = jax.jit(lambda *arrays: fused_moe(*arrays, implementation="mosaic_gpu"))(x, w13, w2, weights, ids)
+    expected = definition.fused_moe(x, w13.astype(np.float64), w2.astype(np.float64), weights, ids)
+    assert_close(found, expected, batch=6e-3, worst_row=1.2e-2)
+    rotated = definition.fused_moe(x, np.roll(w13, 1, 0).astype(np.float64), w2.astype(np.float64), weights, ids)
+    with pytest.raises(AssertionError):
+        assert_close(found, rotated, batch=0.1, worst_row=0.1)
 
 
 def test_a_shifted_expert_is_noticed():

@@ -72,7 +72,7 @@ def run(call: Call) -> jax.Array:
     if m == 0 or num_experts == 0:
         return jnp.zeros((m, n if call.epilogue is None else n // 2), call.out_dtype)
     config = call.config or heuristic(m=m, num_experts=num_experts, n=n, gated=call.epilogue is not None)
-    work = plan_work(
+    tiles = plan_work(
         call.metadata.group_starts,
         call.group_sizes,
         num_rows=m,
@@ -80,14 +80,14 @@ def run(call: Call) -> jax.Array:
         group_offset=call.group_offset,
         block_m=config.block_m,
     )
-    tiles = max_tiles(m, num_experts, config.block_m) * -(-n // config.block_n)
+    most = max_tiles(m, num_experts, config.block_m) * -(-n // config.block_n)
     return grouped_matmul_bf16(
         lhs,
         rhs,
-        work,
+        tiles,
         bias=None if call.bias is None else call.bias.reshape(num_experts, n),
         epilogue=call.epilogue,
         out_dtype=call.out_dtype,
         config=config,
-        num_programs=min(num_cores(), tiles),
+        num_programs=min(num_cores(), most),
     )

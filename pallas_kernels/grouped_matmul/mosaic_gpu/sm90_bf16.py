@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
@@ -23,22 +24,22 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
     WARPGROUP_ROWS,
     MosaicGpuConfig,
 )
-from pallas_kernels.grouped_matmul.mosaic_gpu.work import ALIGNMENT, Work
+from pallas_kernels.grouped_matmul.mosaic_gpu.work import ALIGNMENT, EXPERT, FIRST, LAST, NUM_TILES, ROW
 
 MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232  # per thread: 2 * 232 + 40 <= 512, the register file over 128 threads
 
 
 def grouped_matmul_bf16(
-    lhs: jax.Array,
-    rhs: jax.Array,
-    work: Work,
+    lhs: Float[Array, "M K"],
+    rhs: Float[Array, "E N K"],
+    tiles: Int32[Array, "5 max_tiles"],
     *,
-    bias: jax.Array | None,
+    bias: Float[Array, "E N"] | None,
     epilogue: Activation | None,
     out_dtype: Any,
     config: MosaicGpuConfig,
     num_programs: int,
-) -> jax.Array:
+) -> Float[Array, "M N_out"]:
     """`lhs [M, K]` times the expert of each row in `rhs [E, N, K]`, plus `bias [E, N]`; K and N are multiples of 64.
 
     Returns:
@@ -70,7 +71,7 @@ def grouped_matmul_bf16(
     )
     if bias is not None:
         bias = jnp.pad(bias.astype(jnp.float32), ((0, 1), (0, 0)))  # zeros for the rows of no expert
-    out: jax.Array = kernel(work.tiles, work.num_tiles, lhs, rhs, bias)
+    out: jax.Array = kernel(tiles, lhs, rhs, bias)
     return out
 
 
@@ -87,8 +88,7 @@ def _pieces(config: MosaicGpuConfig, *, gated: bool) -> list[tuple[int, int, int
 
 
 def _kernel(
-    tiles_gmem: Any,  # [4, max_tiles] int32
-    num_tiles_gmem: Any,  # [1] int32
+    tiles_gmem: Any,  # [5, max_tiles] int32
     lhs_gmem: Any,  # [M, K]
     rhs_gmem: Any,  # [E, N, K]
     bias_gmem: Any,  # [E + 1, N] f32, or None
@@ -110,13 +110,13 @@ def _kernel(
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
 
     # 1. work: this block's tiles are `program`, `program + num_programs`, ... of all (row tile, column tile) pairs
-    num_tiles, n_tiles = num_tiles_gmem[0], pl.cdiv(n_out, bn)
+    num_tiles, n_tiles = tiles_gmem[NUM_TILES, 0], pl.cdiv(n_out, bn)
     mine = (num_tiles * n_tiles - program + num_programs - 1) // num_programs
 
     def tile_at(i: jax.Array) -> tuple[jax.Array, ...]:
         """Expert, first row loaded, first and last row owned, first column, steps along K."""
         ti, ni = _in_bands(program + i * num_programs, num_tiles, n_tiles, config.band)
-        expert, row, first, last = (tiles_gmem[field, ti] for field in range(4))
+        expert, row, first, last = (tiles_gmem[field, ti] for field in (EXPERT, ROW, FIRST, LAST))
         steps = jnp.where(expert >= 0, jnp.int32(k_steps), jnp.int32(0))
         return expert, pl.multiple_of(row, ALIGNMENT), first, last, ni * bn, steps
 

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.routing.groups import running_sum
+
 ALIGNMENT = 8  # rows: where a tile of a swizzled operand can begin
 
 
-class Work(NamedTuple):
-    """Tiles of rows, experts in order; the rows of no expert are tiles of expert -1, to be filled with zeros.
-
-    A tile loads `block_m` rows from `row` on and owns `[first, last)` of them: the others belong to its neighbours.
-    """
-
-    tiles: jax.Array  # [4, max_tiles] int32: expert, row, first, last
-    num_tiles: jax.Array  # [1] int32; tiles past it have no meaning
+EXPERT, ROW, FIRST, LAST, NUM_TILES = range(5)  # fields of a plan
 
 
 def plan_work(
@@ -29,8 +22,16 @@ def plan_work(
     num_experts: int,
     group_offset: jax.Array | int | None,
     block_m: int,
-) -> Work:
-    """The tiles of the groups `[group_offset, group_offset + num_experts)`, and of the rows before and after them."""
+) -> jax.Array:
+    """The tiles of the groups `[group_offset, group_offset + num_experts)`, and of the rows before and after them.
+
+    Experts come in order; the rows of no expert are tiles of expert -1, to be filled with zeros. A tile loads `block_m`
+    rows from ROW on and owns `[FIRST, LAST)` of them: the others belong to its neighbours.
+
+    Returns:
+      int32 `[5, max_tiles]`, one field a row; NUM_TILES is the same in each column, and columns past it mean nothing.
+      One array, since each array is a launch of its own on a GPU.
+    """
     if group_offset is not None:
         group_starts = lax.dynamic_slice_in_dim(group_starts, group_offset, num_experts)
         group_sizes = lax.dynamic_slice_in_dim(group_sizes, group_offset, num_experts)
@@ -40,13 +41,13 @@ def plan_work(
     experts = jnp.arange(-1, num_experts + 1, dtype=jnp.int32).at[-1].set(-1)
     aligned = starts // ALIGNMENT * ALIGNMENT
     counts = jnp.where(ends > starts, (ends - aligned + block_m - 1) // block_m, jnp.zeros_like(ends))
-    after = jnp.cumsum(counts, dtype=jnp.int32)  # tiles up to and with each range
+    after = running_sum(counts)  # tiles up to and with each range
     index = lax.iota(jnp.int32, max_tiles(num_rows, num_experts, block_m))
-    owner = jnp.searchsorted(after, index, side="right", method="compare_all").astype(jnp.int32)
+    owner = jnp.sum(after[None] <= index[:, None], axis=1, dtype=jnp.int32)
     owner = jnp.minimum(owner, num_experts + 1)
     row = aligned[owner] + (index - (after - counts)[owner]) * block_m
     first, last = jnp.maximum(row, starts[owner]), jnp.minimum(row + block_m, ends[owner])
-    return Work(tiles=jnp.stack([experts[owner], row, first, last]), num_tiles=after[-1:])
+    return jnp.stack([experts[owner], row, first, last, jnp.broadcast_to(after[-1], row.shape)])
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:

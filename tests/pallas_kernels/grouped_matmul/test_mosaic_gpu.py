@@ -160,10 +160,10 @@ def test_work_covers_each_row_once():
         starts = np.cumsum(sizes) - sizes
         options = {"num_rows": rows, "num_experts": 3, "block_m": block_m}
         work = plan(jnp.asarray(starts, jnp.int32), jnp.asarray(sizes, jnp.int32), group_offset=offset, **options)
-        count = int(work.num_tiles[0])
-        assert count <= max_tiles(rows, 3, block_m) == work.tiles.shape[1]
+        count = int(work[4, 0])
+        assert count <= max_tiles(rows, 3, block_m) == work.shape[1]
         owner = np.full(rows, -9)
-        for expert, row, first, last in np.asarray(work.tiles)[:, :count].T:
+        for expert, row, first, last, _ in np.asarray(work)[:, :count].T:
             assert row % 8 == 0
             assert row <= first < last <= row + block_m
             assert (owner[first:last] == -9).all()
