@@ -83,7 +83,7 @@ def target_platform() -> str:
 
 @contextlib.contextmanager
 def interpreted(implementation: Implementation, **parameters: Any) -> Iterator[None]:
-    """Runs kernels on a CPU, slowly and with checks: for tests and debugging. Needs the package absl-py.
+    """Runs kernels on a CPU, slowly and with checks: for tests and debugging.
 
     Args:
       implementation: `"mosaic_gpu"` or `"mosaic_tpu"`; what is traced inside is traced for such a device.

@@ -17,6 +17,7 @@ from pallas_kernels.routing import GroupMetadata
 
 KERNELS: dict[Implementation, str] = {
     "mosaic_gpu": "pallas_kernels.grouped_matmul.mosaic_gpu",
+    "mosaic_tpu": "pallas_kernels.grouped_matmul.mosaic_tpu",
 }
 
 

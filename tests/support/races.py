@@ -26,7 +26,7 @@ def no_races():
         return make
 
     with contextlib.ExitStack() as stack:
-        modules = [importlib.import_module(place) for place in INTERPRETERS]
+        modules = [module for place in INTERPRETERS if (module := imported(place)) is not None]
         found = [(module, name) for module in modules for name in DETECTORS if hasattr(module, name)]
         assert {module for module, _ in found} == set(modules), f"this version of jax has other names: {found}"
         for module, name in found:
@@ -37,3 +37,13 @@ def no_races():
     assert watched, "no kernel was interpreted with detect_races=True"
     racy = sum(detector.races_found for detector in watched)
     assert not racy, f"{racy} of {len(watched)} kernels have a race: see 'RACE DETECTED' in the output"
+
+
+def imported(place):
+    """The module of an interpreter; None where it lacks absl-py, as that for GPUs may with jax 0.10, and cannot run."""
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name != "absl":
+            raise
+        return None
