@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Protocol, cast
 
 import jax
-from jax.extend import backend as jax_backend
+
+from pallas_kernels.devices import target_device
 
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_gpu", "mosaic_tpu")
@@ -76,8 +77,7 @@ def target_platform() -> str:
     """The platform that calls are traced for: that of the current mesh, else of the default device."""
     if (name := _interpreted.get()) is not None:
         return _PLATFORMS[cast(Implementation, name)]
-    device = jax.sharding.get_abstract_mesh().abstract_device or jax_backend.get_default_device()
-    platform: str = device.platform
+    platform: str = target_device().platform
     return platform
 
 

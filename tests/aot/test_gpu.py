@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import aot_gpu
-from pallas_kernels import QuantizedArray, grouped_matmul, quantize
+from pallas_kernels import QuantizedArray, UnsupportedError, grouped_matmul, quantize
 from pallas_kernels.grouped_matmul.mosaic_gpu import FIRST_JAX, MosaicGpuConfig, unsupported
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT
 from scaled_kernel import scaled_matmul
@@ -65,8 +65,19 @@ def test_it_is_what_runs_on_hopper(tmp_path):
 
 
 @pytest.mark.smoke
-def test_ptxas_ran():
+def test_other_gpus_are_served_by_xla(tmp_path):
+    avals = arguments(512, 8, 512, 256, biased=False)
+    with pytest.raises(UnsupportedError, match=r"for NVIDIA Hopper .* and this is NVIDIA B200"):
+        aot_gpu.compile_for(aot_gpu.device_of(aot_gpu.BLACKWELL), call, *avals)
+    with aot_gpu.kernel_reports(tmp_path) as reports:
+        aot_gpu.compile_for(aot_gpu.device_of(aot_gpu.BLACKWELL), grouped_matmul, *avals)
+    assert not reports
+
+
+@pytest.mark.smoke
+def test_ptxas_ran(monkeypatch):
     """Negative control: Blackwell has no wgmma."""
+    monkeypatch.setattr(sys.modules[unsupported.__module__], "HOPPER", ("B200",))
     avals = arguments(512, 8, 512, 256, biased=False)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Pass pipeline failed"):
         aot_gpu.compile_for(aot_gpu.device_of(aot_gpu.BLACKWELL), call, *avals)

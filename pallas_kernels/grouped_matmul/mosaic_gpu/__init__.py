@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.devices import num_cores
+from pallas_kernels.devices import num_cores, target_device
 from pallas_kernels.formats import QuantizedArray
 from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT, MosaicGpuConfig, heuristic
@@ -16,6 +16,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles, plan_work
 __all__ = ["MosaicGpuConfig", "run", "unsupported"]
 
 FIRST_JAX = (0, 11)
+HOPPER = ("H100", "H200", "GH200", "H800", "H20")  # in `device_kind`
 UNSUPPORTED_ACTIVATIONS = {"gelu": "error function"}
 DTYPES = (jnp.bfloat16, jnp.float16)
 
@@ -31,7 +32,7 @@ def unsupported(call: Call) -> str | None:
             return f"it does not take {name} yet"
     if call.epilogue is not None and call.epilogue.name in UNSUPPORTED_ACTIVATIONS:
         return f"jax has no {UNSUPPORTED_ACTIVATIONS[call.epilogue.name]} in its kernels, for {call.epilogue.name!r}"
-    return _unsupported_arrays(call) or _unsupported_config(call)
+    return _unsupported_arrays(call) or _unsupported_config(call) or _unsupported_device()
 
 
 def _unsupported_arrays(call: Call) -> str | None:
@@ -57,6 +58,13 @@ def _unsupported_config(call: Call) -> str | None:
     if call.epilogue is not None and config.warpgroup_n < 128:
         return f"{config} gives a warpgroup {config.warpgroup_n} columns; with an epilogue it needs 128, gate and up"
     return f"{config.block_n=} is above N={n}" if config.block_n > n else None
+
+
+def _unsupported_device() -> str | None:
+    device = target_device()
+    if device.platform != "gpu" or any(chip in device.device_kind for chip in HOPPER):
+        return None  # of other platforms, `choose` decides
+    return f"it is for NVIDIA Hopper ({', '.join(HOPPER)}), and this is {device.device_kind}"
 
 
 def run(call: Call) -> jax.Array:
