@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import importlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,7 +10,7 @@ from typing import Any, Literal, Protocol, cast
 
 import jax
 
-from pallas_kernels.devices import target_device
+from pallas_kernels.devices import INTERPRETED, interpreting, target_device, xla_partitions
 
 Implementation = Literal["xla", "mosaic_gpu", "mosaic_tpu"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_gpu", "mosaic_tpu")
@@ -19,8 +18,6 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("xla", "mosaic_gpu", "mosaic_tpu"
 # What a device of this platform runs by itself, where there is a kernel for the call.
 NATIVE: dict[str, Implementation] = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}
 _PLATFORMS = {implementation: platform for platform, implementation in NATIVE.items()}
-
-_interpreted: contextvars.ContextVar[str | None] = contextvars.ContextVar("interpreted", default=None)
 
 
 class UnsupportedError(NotImplementedError):
@@ -50,7 +47,7 @@ def choose(
 
     Args:
       op: The operation's name, for messages.
-      implementation: `None` for the best one on the device that the call is traced for, or a name.
+      implementation: `None` for the best one on the device that the call is traced for (`target_device`), or a name.
       kernels: The module of each kernel that the operation has, imported on first use.
       call: Passed to the kernel's `unsupported`.
 
@@ -58,10 +55,10 @@ def choose(
       ValueError: an unknown name.
       UnsupportedError: the named implementation cannot serve this call, or does not run on this device.
     """
-    platform = target_platform()
+    platform: str = target_device().platform
     if implementation is None:
         native = NATIVE.get(platform, "xla")
-        if native == "xla":
+        if native == "xla" or not kernels:
             return None
         kernel, reason = _find(native, kernels, call)
         if reason is not None:
@@ -71,14 +68,6 @@ def choose(
         if implementation == known:
             return None if known == "xla" else _explicit(op, known, kernels, call, platform)
     raise ValueError(f"{implementation=} must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
-
-
-def target_platform() -> str:
-    """The platform that calls are traced for: that of the current mesh, else of the default device."""
-    if (name := _interpreted.get()) is not None:
-        return _PLATFORMS[cast(Implementation, name)]
-    platform: str = target_device().platform
-    return platform
 
 
 @contextlib.contextmanager
@@ -105,12 +94,12 @@ def interpreted(implementation: Implementation, **parameters: Any) -> Iterator[N
         from jax.experimental.pallas import tpu as pltpu
 
         forced = pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**parameters))
-    token = _interpreted.set(implementation)
+    token = interpreting.set(INTERPRETED[_PLATFORMS[implementation]])
     try:
         with forced:
             yield
     finally:
-        _interpreted.reset(token)
+        interpreting.reset(token)
 
 
 def _explicit(op: str, name: Implementation, kernels: Mapping[Implementation, str], call: Any, platform: str) -> Kernel:
@@ -128,6 +117,8 @@ def _find(name: Implementation, kernels: Mapping[Implementation, str], call: Any
         return None, "there is no kernel for it yet"
     kernel = cast(Kernel, importlib.import_module(kernels[name]))
     reason = kernel.unsupported(call)
+    if reason is None and xla_partitions():
+        reason = "XLA cannot spread a kernel over the devices of a mesh; call it inside jax.shard_map"
     return (kernel, None) if reason is None else (None, reason)
 
 

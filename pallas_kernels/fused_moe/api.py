@@ -54,7 +54,7 @@ def fused_moe(
     Raises:
       TypeError: a dtype that is none of those above.
       ValueError: shapes that do not fit, an unknown format or activation, router weights on the input with top_k > 1.
-      UnsupportedError: the named implementation cannot serve; differentiation with respect to `x`, `w13` or `w2`.
+      UnsupportedError: the named implementation cannot serve; differentiation by `x`, the weights or biases.
 
     Source: numerics and arguments of vllm/model_executor/layers/fused_moe/.
 

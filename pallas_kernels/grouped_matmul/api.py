@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation, get_activation
@@ -44,7 +45,7 @@ def grouped_matmul(
       bias: `[E, N]`, added in f32 before any rounding.
       epilogue: A gated activation. `rhs` holds gate rows and then up rows, N/2 each: the sums are rounded to
         `out_dtype`, and their activation, computed in f32, once more.
-      group_offset: int32 scalar; `rhs` holds the experts `[offset, offset + E)`.
+      group_offset: int32 scalar; `rhs` holds the experts `[offset, offset + E)`. A traced one is clamped to the range.
       out_dtype: bf16, f16 or f32. Default: that of `lhs`, bf16 where it is quantized.
       implementation: `None` for the best one here, `"xla"`, `"mosaic_gpu"` or `"mosaic_tpu"`.
       config: Tiles of the kernel: its `MosaicGpuConfig` or `MosaicTpuConfig`. Default: chosen by shape.
@@ -56,7 +57,7 @@ def grouped_matmul(
     Raises:
       TypeError: a dtype that is none of those above.
       ValueError: shapes that do not fit, an unknown format or activation, a quantized `lhs` with `activation_format`.
-      UnsupportedError: the named implementation cannot serve; differentiation with respect to `lhs` or `rhs`.
+      UnsupportedError: the named implementation cannot serve; differentiation with respect to `lhs`, `rhs` or `bias`.
 
     Source: MegaBlocks (arXiv:2211.15841) for the idea of one matmul per group.
 
@@ -104,7 +105,7 @@ def _check_groups(
         raise ValueError(f"{num_groups} group_sizes for {num_experts} experts in rhs; give group_offset for a part")
     if num_groups < num_experts:
         raise ValueError(f"{num_groups} group_sizes for {num_experts} experts in rhs; every expert needs its group")
-    if isinstance(group_offset, int) and not 0 <= group_offset <= num_groups - num_experts:
+    if isinstance(group_offset, int | np.integer) and not 0 <= group_offset <= num_groups - num_experts:
         raise ValueError(f"{group_offset=} with {num_experts} experts in rhs leaves the {num_groups} groups")
     if metadata is not None and metadata.group_starts.shape != group_sizes.shape:
         raise ValueError(f"{metadata.group_starts.shape=} must be {group_sizes.shape=}: it belongs to other groups")

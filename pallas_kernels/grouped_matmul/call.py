@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.activations import Activation
@@ -46,8 +47,10 @@ class Call:
 def dispatch(call: Call, implementation: str | None) -> jax.Array | QuantizedArray:
     """Serves a call by the kernel that `implementation` names, or the best one, or XLA."""
     kernel = choose("grouped_matmul", implementation, KERNELS, call)
-    lhs, rhs = jax.tree.map(no_gradient, (call.lhs, call.rhs))
-    call = dataclasses.replace(call, lhs=lhs, rhs=rhs)
+    arrays = {"lhs": call.lhs, "rhs": call.rhs, "bias": call.bias}
+    arrays = jax.tree.map(lambda array: no_gradient(jnp.asarray(array)), arrays)
+    sizes, metadata = jax.tree.map(jnp.asarray, (call.group_sizes, call.metadata))
+    call = dataclasses.replace(call, group_sizes=sizes, metadata=metadata, **arrays)
     if kernel is not None:
         out: jax.Array | QuantizedArray = kernel.run(call)
         return out

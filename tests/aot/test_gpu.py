@@ -5,7 +5,9 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 import aot_gpu
 from pallas_kernels import QuantizedArray, UnsupportedError, grouped_matmul, quantize
@@ -72,6 +74,19 @@ def test_other_gpus_are_served_by_xla(tmp_path):
     with aot_gpu.kernel_reports(tmp_path) as reports:
         aot_gpu.compile_for(aot_gpu.device_of(aot_gpu.BLACKWELL), grouped_matmul, *avals)
     assert not reports
+
+
+def test_a_mesh_of_several_devices_is_served_by_xla():
+    """XLA cannot spread a kernel; inside of shard_map there is nothing to spread."""
+    mesh = Mesh(np.array(aot_gpu.devices_of(2)), ("expert",))
+    lhs, rhs, sizes = arguments(512, 8, 512, 256, biased=False)
+    with jax.set_mesh(mesh):
+        with pytest.raises(UnsupportedError, match=r"inside jax.shard_map"):
+            jax.jit(call).trace(lhs, rhs, sizes)
+        assert "grouped_matmul_16bit" not in str(jax.jit(grouped_matmul).trace(lhs, rhs, sizes).jaxpr)
+        whole = jax.sharding.PartitionSpec()
+        mapped = jax.shard_map(grouped_matmul, in_specs=(whole,) * 3, out_specs=whole, check_vma=False)
+        assert "grouped_matmul_16bit" in str(jax.jit(mapped).trace(lhs, rhs, sizes).jaxpr)
 
 
 @pytest.mark.smoke

@@ -45,12 +45,17 @@ HOPPER, BLACKWELL = (9, "NVIDIA H100 80GB HBM3"), (10, "NVIDIA B200")
 
 
 @functools.cache
-def device_of(generation=HOPPER):
-    """A device to compile for: compute capability (major) and name."""
+def devices_of(count, generation=HOPPER):
+    """Devices to compile for; a generation is its compute capability (major) and a name."""
     topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=TARGET % generation, topology="1x1x1"
+        platform="cuda", topology_name="", target_config=TARGET % generation, topology=f"1x1x{count}"
     )
-    return topology.devices[0]
+    return topology.devices
+
+
+def device_of(generation=HOPPER):
+    """One device to compile for."""
+    return devices_of(1, generation)[0]
 
 
 def compile_for(device, function, *avals):

@@ -47,7 +47,7 @@ def plan_work(
     owner = jnp.minimum(owner, num_experts + 1)
     row = aligned[owner] + (index - (after - counts)[owner]) * block_m
     first, last = jnp.maximum(row, starts[owner]), jnp.minimum(row + block_m, ends[owner])
-    return jnp.stack([experts[owner], row, first, last, jnp.broadcast_to(after[-1], row.shape)])
+    return jnp.stack([experts[owner], row, first, last, jnp.broadcast_to(jnp.minimum(after[-1], row.size), row.shape)])
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:

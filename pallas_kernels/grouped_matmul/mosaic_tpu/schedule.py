@@ -52,7 +52,15 @@ def plan(
     lasts = jnp.minimum(ends[owners], (out_blocks + 1) * block_m)
     multiplies = (owners > 0) & (owners <= num_experts)
     experts, lhs_blocks = (lax.cummax(jnp.where(multiplies, x, jnp.zeros_like(x))) for x in (owners - 1, out_blocks))
-    return Schedule(experts, lhs_blocks, multiplies.astype(jnp.int32), out_blocks, firsts, lasts, after[-1])
+    return Schedule(
+        experts,
+        lhs_blocks,
+        multiplies.astype(jnp.int32),
+        out_blocks,
+        firsts,
+        lasts,
+        jnp.minimum(after[-1], visits.size),
+    )
 
 
 def max_visits(num_rows: int, num_experts: int, block_m: int) -> int:

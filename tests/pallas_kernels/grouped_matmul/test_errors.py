@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import UnsupportedError, grouped_matmul, make_group_metadata, quantize
@@ -62,3 +63,10 @@ def test_a_gradient_is_an_error_not_zero():
         jax.grad(lambda x: call(lhs=x).sum())(X)
     with pytest.raises(UnsupportedError, match="no gradient"):
         jax.grad(lambda w: call(rhs=w).sum())(W)
+    with pytest.raises(UnsupportedError, match="no gradient"):
+        jax.grad(lambda bias: call(bias=bias).sum())(jnp.ones((2, 8)))
+
+
+def test_numpy_arrays_are_arrays():
+    found = grouped_matmul(np.asarray(X), np.asarray(W), np.asarray(SIZES))
+    assert (found == grouped_matmul(X, W, SIZES)).all()
