@@ -231,7 +231,7 @@ def test_what_it_cannot_serve_it_names():
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("racy", [False, True])
-def test_a_race_is_noticed(racy, capsys):
+def test_a_race_is_noticed(racy):
     """Reads a buffer before, or after, waiting for the copy that fills it."""
 
     def kernel(x_hbm, out_vmem, x_vmem, semaphore):
@@ -261,6 +261,7 @@ def test_a_race_is_noticed(racy, capsys):
         with pytest.raises(AssertionError, match="no kernel was interpreted with detect_races"):
             interpret()
         return
-    with pytest.raises(AssertionError, match="1 of 1 kernels have a race"):
+    noticed = AssertionError, jax.errors.JaxRuntimeError  # from jax 0.12 on the interpreter raises by itself
+    with pytest.raises(noticed, match=r"1 of 1 kernels have a race|(?i:race detected)"):
         interpret(detect_races=True, dma_execution_mode="eager")
-    assert "RACE DETECTED" in capsys.readouterr().out
+    pltpu.reset_tpu_interpret_mode_state()
