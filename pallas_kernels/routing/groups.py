@@ -56,6 +56,23 @@ def running_sum(x: Int32[Array, " n"]) -> Int32[Array, " n"]:
     return jnp.sum(jnp.where(index[None] <= index[:, None], x[None], jnp.zeros_like(x[None])), axis=1, dtype=jnp.int32)
 
 
+def row_ranges(
+    group_starts: Int32[Array, " groups"],
+    group_sizes: Int32[Array, " groups"],
+    num_rows: int,
+    num_experts: int,
+    group_offset: Int32[Array, ""] | int | None,
+) -> tuple[Int32[Array, " ranges"], Int32[Array, " ranges"]]:
+    """Starts and ends of the rows before the experts `[group_offset, group_offset + E)`, of each expert, and after."""
+    if group_offset is not None:
+        group_starts = lax.dynamic_slice_in_dim(group_starts, group_offset, num_experts)
+        group_sizes = lax.dynamic_slice_in_dim(group_sizes, group_offset, num_experts)
+    begin, end = group_starts[:1], group_starts[-1:] + group_sizes[-1:]
+    starts = jnp.concatenate([jnp.zeros_like(begin), group_starts, end])
+    ends = jnp.concatenate([begin, group_starts + group_sizes, jnp.full_like(end, num_rows)])
+    return starts, ends
+
+
 def sort_by_expert(
     topk_ids: Int32[Array, "T top_k"], num_experts: int, *, expert_map: Int32[Array, " global_E"] | None = None
 ) -> ExpertOrder:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.routing.groups import running_sum
+from pallas_kernels.routing.groups import row_ranges, running_sum
 
 ALIGNMENT = 8  # rows: where a tile of a swizzled operand can begin
 
@@ -32,12 +32,7 @@ def plan_work(
       int32 `[5, max_tiles]`, one field a row; NUM_TILES is the same in each column, and columns past it mean nothing.
       One array, since each array is a launch of its own on a GPU.
     """
-    if group_offset is not None:
-        group_starts = lax.dynamic_slice_in_dim(group_starts, group_offset, num_experts)
-        group_sizes = lax.dynamic_slice_in_dim(group_sizes, group_offset, num_experts)
-    zero, end = jnp.zeros(1, jnp.int32), group_starts[-1:] + group_sizes[-1:]
-    starts = jnp.concatenate([zero, group_starts, end])
-    ends = jnp.concatenate([group_starts[:1], group_starts + group_sizes, jnp.full(1, num_rows, jnp.int32)])
+    starts, ends = row_ranges(group_starts, group_sizes, num_rows, num_experts, group_offset)
     experts = jnp.arange(-1, num_experts + 1, dtype=jnp.int32).at[-1].set(-1)
     aligned = starts // ALIGNMENT * ALIGNMENT
     counts = jnp.where(ends > starts, (ends - aligned + block_m - 1) // block_m, jnp.zeros_like(ends))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.routing.groups import row_ranges
+
 
 class Schedule(NamedTuple):
     """Visits of row blocks in order of rows; a visit owns the rows `[first, last)`, and every row has one owner.
@@ -35,12 +37,7 @@ def plan(
     block_m: int,
 ) -> Schedule:
     """The visits of the groups `[group_offset, group_offset + num_experts)`, and of the rows before and after them."""
-    if group_offset is not None:
-        group_starts = lax.dynamic_slice_in_dim(group_starts, group_offset, num_experts)
-        group_sizes = lax.dynamic_slice_in_dim(group_sizes, group_offset, num_experts)
-    begin, end = group_starts[:1], group_starts[-1:] + group_sizes[-1:]
-    starts = jnp.concatenate([jnp.zeros_like(begin), group_starts, end])
-    ends = jnp.concatenate([begin, group_starts + group_sizes, jnp.full_like(end, num_rows)])
+    starts, ends = row_ranges(group_starts, group_sizes, num_rows, num_experts, group_offset)
     first_blocks = starts // block_m
     counts = jnp.where(ends > starts, (ends + block_m - 1) // block_m - first_blocks, jnp.zeros_like(ends))
     after = jnp.cumsum(counts, dtype=jnp.int32)  # visits up to and with each range of rows
