@@ -29,6 +29,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.work import ALIGNMENT, EXPERT, FIR
 MEMORY_REGISTERS, COMPUTE_REGISTERS = 40, 232  # per thread: 2 * 232 + 40 <= 512, the register file over 128 threads
 
 
+@functools.partial(jax.jit, static_argnames=("epilogue", "out_dtype", "config", "num_programs"))  # lowered once
 def grouped_matmul_bf16(
     lhs: Float[Array, "M K"],
     rhs: Float[Array, "E N K"],
