@@ -89,7 +89,7 @@ def run(call: Call) -> jax.Array:
         block_m=config.block_m,
     )
     most = max_tiles(m, num_experts, config.block_m) * -(-n // config.block_n)
-    return grouped_matmul_bf16(
+    out: jax.Array = grouped_matmul_bf16(
         lhs,
         rhs,
         tiles,
@@ -99,3 +99,4 @@ def run(call: Call) -> jax.Array:
         config=config,
         num_programs=min(num_cores(), most),
     )
+    return out
