@@ -21,4 +21,5 @@ from moe_online.loading import load as load
 from moe_online.loading import plan as plan
 from moe_online.method import OnlineMoEMethodBase as OnlineMoEMethodBase
 from moe_online.method import get_method as get_method
+from moe_online.method import register_scheme as register_scheme
 from moe_online.schemes import QuantSpec as QuantSpec

@@ -71,6 +71,9 @@ class ExpertWeights:
             if isinstance(weight, QuantizedArray):
                 tensors[f"{name}_weight"] = weight.values
                 tensors[scale_name(name, weight.format)] = weight.scales
+                if weight.global_scale is not None:
+                    tensors[f"{name}_weight_scale_2"] = weight.global_scale
+                    tensors[f"{name}_input_scale"] = jnp.ones((self.num_experts,), jnp.float32)
             else:
                 tensors[f"{name}_weight"] = weight
         for name in ("w13_bias", "w2_bias", "e_score_correction_bias", "expert_map"):

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from moe_online.config import MoEConfig
 from moe_online.experts import ExpertWeights, abstract_experts
-from moe_online.schemes import QuantSpec, SchemeLike, parse_scheme
+from moe_online.schemes import OTHER_METHODS, QuantSpec, SchemeLike, check_free, parse_scheme, register_shorthand
 from pallas_kernels import Format, QuantizedArray, fused_moe, quantize, route
 
 
@@ -153,18 +153,44 @@ class SpecMethod(OnlineMoEMethodBase):
         )
 
 
+_REGISTERED: dict[str, type[OnlineMoEMethodBase]] = {}
+
+
+def register_scheme(name: str, scheme: QuantSpec | type[OnlineMoEMethodBase]) -> None:
+    """Adds a scheme of one's own.
+
+    Args:
+      name: Its name, for `get_method`; that of a QuantSpec also for `load`, configs and commands.
+      scheme: Formats for experts and dense layers, or a subclass that is made with the `MoEConfig`.
+
+    Raises:
+      TypeError: something else.
+      ConfigError: the name is taken.
+    """
+    if isinstance(scheme, QuantSpec):
+        register_shorthand(name, moe=scheme, linear=scheme)
+    elif isinstance(scheme, type) and issubclass(scheme, OnlineMoEMethodBase):
+        check_free(name)
+        OTHER_METHODS[name] = scheme.__name__
+        _REGISTERED[name] = scheme
+    else:
+        raise TypeError(f"a scheme is a QuantSpec or a subclass of OnlineMoEMethodBase, not {scheme!r}")
+
+
 def get_method(spec_or_name: SchemeLike | None, moe_config: MoEConfig) -> OnlineMoEMethodBase:
     """The method that quantizes and applies a layer's experts.
 
     Args:
-      spec_or_name: A shorthand, the name of a weight format, a `QuantSpec`, a dict of `weight` and `activation`, or
-        None for weights that stay as they are.
+      spec_or_name: A shorthand, the name of a weight format or of a registered scheme, a `QuantSpec`, a dict of
+        `weight` and `activation`, or None for weights that stay as they are.
       moe_config: The layer.
 
     Raises:
       TypeError: another type.
       ConfigError: an unknown name, or one that says nothing about MoE layers; the message lists the valid ones.
     """
+    if isinstance(spec_or_name, str) and spec_or_name in _REGISTERED:
+        return _REGISTERED[spec_or_name](moe_config)
     return SpecMethod(moe_config, None if spec_or_name is None else parse_scheme(spec_or_name, kind="moe"))
 
 

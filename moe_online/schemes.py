@@ -1,7 +1,7 @@
 """Which formats a layer gets: `QuantSpec`, and the shorthands that name one for each kind of layer.
 
-Names follow vLLM (vllm/config/quantization.py), whose spellings of formats are accepted as aliases; `int8_w8a8`,
-`int8_w8a16` and `fp8_w8a16` are ours.
+Names follow vLLM (vllm/config/quantization.py), whose spellings of formats are accepted as aliases; those with `w8a8`,
+`w8a16` or `w4a16` are ours.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from pallas_kernels import Format, get_format
 LayerKind = Literal["moe", "linear"]
 
 FORMAT_ALIASES: dict[str, str] = {
+    "fp8_per_tensor_static": "fp8_per_tensor",
     "fp8_per_channel_static": "fp8_per_channel",
     "fp8_per_block_static": "fp8_per_block",
     "fp8_per_block_dynamic": "fp8_per_group",
     "int8_per_channel_static": "int8_per_channel",
 }
 DEFAULT_ACTIVATIONS: dict[str, str | None] = {  # of a weight format whose spec does not say
+    "fp8_per_tensor": "fp8_per_tensor_dynamic",
     "fp8_per_channel": "fp8_per_token",
     "fp8_per_block": "fp8_per_group",
     "int8_per_channel": None,
+    "int4_per_group": None,
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+    "nvfp4": "nvfp4_per_token",
 }
 
 
@@ -52,10 +58,10 @@ class QuantSpec:
         object.__setattr__(self, "activation", _format(activation, "activation"))
 
     def __str__(self) -> str:
-        return " / ".join("none" if fmt is None else fmt.name for fmt in (self.weight, self.activation))
+        return " / ".join("none" if fmt is None else str(fmt) for fmt in (self.weight, self.activation))
 
     def __repr__(self) -> str:
-        weight, activation = (fmt and fmt.name for fmt in (self.weight, self.activation))
+        weight, activation = (fmt and str(fmt) for fmt in (self.weight, self.activation))
         return f"QuantSpec({weight=}, {activation=})"
 
 
@@ -81,15 +87,46 @@ def _everywhere(weight: str, activation: str | None) -> Shorthand:
     return Shorthand(linear=spec, moe=spec)
 
 
+def _experts(weight: str, activation: str | None) -> Shorthand:
+    return Shorthand(linear=None, moe=QuantSpec(weight, activation))
+
+
 SHORTHANDS: dict[str, Shorthand] = {
+    "fp8_per_tensor": _everywhere("fp8_per_tensor", "fp8_per_tensor_dynamic"),
     "fp8_per_channel": _everywhere("fp8_per_channel", "fp8_per_token"),
     "fp8_per_block": _everywhere("fp8_per_block", "fp8_per_group"),
     "fp8_w8a16": _everywhere("fp8_per_channel", None),
     "int8_w8a8": _everywhere("int8_per_channel", "int8_per_token"),
     "int8_w8a16": _everywhere("int8_per_channel", None),
-    "int8_per_channel_weight_only": Shorthand(linear=None, moe=QuantSpec("int8_per_channel", None)),
-    "experts_int8": Shorthand(linear=None, moe=QuantSpec("int8_per_channel", None)),  # vLLM's older spelling
+    "int8_per_channel_weight_only": _experts("int8_per_channel", None),
+    "experts_int8": _experts("int8_per_channel", None),  # vLLM's older spelling
+    "mxfp8": _everywhere("mxfp8", "mxfp8"),
+    "mxfp4": _everywhere("mxfp4", "mxfp4"),
+    "nvfp4_per_token": _experts("nvfp4", "nvfp4_per_token"),
+    "int4_w4a16": _everywhere("int4_per_group", None),
+    "mxfp4_w4a16": _everywhere("mxfp4", None),
+    "nvfp4_w4a16": _everywhere("nvfp4", None),
 }
+OTHER_METHODS: dict[str, str] = {}  # names of registered methods that are no pair of formats, and their class
+
+
+def register_shorthand(name: str, *, moe: QuantSpec | None, linear: QuantSpec | None = None) -> None:
+    """Makes `name` stand for these formats wherever a shorthand is taken.
+
+    Raises:
+      ConfigError: the name is taken, or stands for nothing.
+    """
+    check_free(name)
+    if moe is None and linear is None:
+        raise ConfigError(f"scheme {name!r} stands for nothing; give moe=, linear= or both")
+    SHORTHANDS[name] = Shorthand(linear=linear, moe=moe)
+
+
+def check_free(name: str) -> None:
+    """Raises ConfigError where a scheme of this name exists."""
+    if name in {*SHORTHANDS, *DEFAULT_ACTIVATIONS, *FORMAT_ALIASES, *OTHER_METHODS}:
+        raise ConfigError(f"there is a scheme {name!r} already; choose another name")
+
 
 SchemeLike = str | QuantSpec | Mapping[str, Any]
 
@@ -136,6 +173,11 @@ def _named(name: str, kind: LayerKind) -> QuantSpec:
                 f"online shorthand {name!r} does not define a {kind} spec; those that do: {', '.join(valid)}"
             )
         return spec
+    if name in OTHER_METHODS:
+        raise ConfigError(
+            f"scheme {name!r} is the method {OTHER_METHODS[name]}, which only get_method makes: load without "
+            "quantization, then call its process_weights_after_loading"
+        )
     weight = FORMAT_ALIASES.get(name, name)
     if weight not in DEFAULT_ACTIVATIONS:
         valid = sorted({*SHORTHANDS, *DEFAULT_ACTIVATIONS})

@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from pallas_kernels import Format, QuantizedArray, quantize
 from pallas_kernels.bits import storage_bits, take
+from pallas_kernels.quantize import matrix_amax
 
 CHUNK_ELEMENTS = 2**21  # worked on at once: 8 MiB in f32
 COPIES, PLAIN_COPIES = 4, 2  # of a chunk in f32 that a compiled program may hold: quantizing, copying
@@ -92,48 +93,90 @@ def quantize_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., t
 
     def step(out: QuantizedArray, parts: Sequence[Array], start: Array) -> tuple[QuantizedArray, Stats]:
         zeros = jnp.zeros((_rows(parts, layouts),), jnp.float32)
-        carry: Any = out.values, out.scales, zeros, zeros
-        finite = []
-        for part, layout in zip(parts, layouts, strict=True):
-            halves = (layout.half,) if layout.half is not None or out.ndim == 3 else range(out.shape[1])
-            all_finite = jnp.bool_(True)
-            for half in halves:
-                carry, is_finite = _quantize_half(carry, part, layout, start, half, fmt=fmt, shape=out.shape)
-                all_finite &= is_finite
-            finite.append(all_finite)
-        values, scales, error, norm = carry
-        stats = Stats(finite=jnp.stack(finite), error=error, norm=norm)
-        return QuantizedArray(values=values, scales=scales, format=fmt), stats
+        halves = [
+            (i, _Half(part, layout, half, out.shape, fmt, start))
+            for i, (part, layout) in enumerate(zip(parts, layouts, strict=True))
+            for half in ((layout.half,) if layout.half is not None or out.ndim == 3 else range(out.shape[1]))
+        ]
+        amax = None
+        if fmt.whole_matrix:  # one scale for both halves: it has to be known before the first is quantized
+            amax = zeros
+            for _, each in halves:
+                amax = each.amax(amax)
+        carry: Any = out, zeros, zeros
+        finite = [jnp.bool_(True)] * len(parts)
+        for i, each in halves:
+            carry, is_finite = each.quantize(carry, amax)
+            finite[i] &= is_finite
+        out, error, norm = carry
+        return out, Stats(finite=jnp.stack(finite), error=error, norm=norm)
 
     return step
 
 
-def _quantize_half(
-    carry: Any, part: Array, layout: PartLayout, start: Array, half: int | None, *, fmt: Format, shape: tuple[int, ...]
-) -> tuple[Any, Array]:
-    """Quantizes the matrices `[N, K]` of all experts of a part, or of one half of it; says whether all was finite."""
-    n, k = shape[-2:]
-    lead = () if half is None else (half,)
-    in_part = lead if layout.half is None else ()
+@dataclasses.dataclass(frozen=True)
+class _Half:
+    """The matrices `[N, K]` of all experts of a part, or of one half of it, visited chunk after chunk."""
 
-    def chunk(expert: Array, row: Array, rows: int, carry: Any) -> Any:
-        (values, scales, error, norm), finite = carry
-        x = layout.take(part, (expert, *in_part, row, 0), (1, *(1 for _ in in_part), rows, k))
-        x = x.reshape(rows, k).astype(jnp.float32)
-        q = quantize(x, fmt)
-        values = _update(values, q.values, (start + expert, *lead, row, 0))
-        scales = _update(scales, q.scales, (start + expert, *lead, 0, row // (fmt.block[0] or n)))
-        error = error.at[expert].add(jnp.sum(jnp.square(q.dequantize(jnp.float32) - x)))
-        norm = norm.at[expert].add(jnp.sum(jnp.square(x)))
-        return (values, scales, error, norm), finite & _is_finite(x)
+    part: Array
+    layout: PartLayout
+    half: int | None
+    shape: tuple[int, ...]  # of the finished leaf
+    fmt: Format
+    start: Array
 
-    def one_expert(expert: Array, _: int, carry: Any) -> Any:
-        return _for_chunks(n, chunk_rows(shape, fmt)[1], start, lambda *args: chunk(expert, *args), carry)
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Where the half lies in the leaf, between expert and N."""
+        return () if self.half is None else (self.half,)
 
-    result: tuple[Any, Array] = _for_chunks(
-        part.shape[layout.permutation[0]], 1, start, one_expert, (carry, jnp.bool_(True))
-    )
-    return result
+    def amax(self, so_far: Array) -> Array:
+        """The largest magnitude of each expert, here or so far."""
+
+        def chunk(amax: Array, x: Array, expert: Array, row: Array) -> Array:
+            return amax.at[expert].max(matrix_amax(x))
+
+        found: Array = self._for_chunks(chunk, so_far)
+        return found
+
+    def quantize(self, carry: Any, amax: Array | None) -> tuple[Any, Array]:
+        """Writes codes and scales into `carry`: the leaf, squares of the error and of the source, by expert.
+
+        Returns:
+          The carry, and whether all was finite.
+        """
+        n, fmt = self.shape[-2], self.fmt
+
+        def chunk(carry: Any, x: Array, expert: Array, row: Array) -> Any:
+            (out, error, norm), finite = carry
+            q = quantize(x, fmt, amax=None if amax is None else amax[expert])
+            at = (self.start + expert, *self.lead)
+            values = _update(out.values, q.values, (*at, row, 0))
+            scales = _update(out.scales, q.scales, (*at, 0, row // (fmt.block[0] or n)))
+            second = None if q.global_scale is None else _update(out.global_scale, q.global_scale, at)
+            error = error.at[expert].add(jnp.sum(jnp.square(q.dequantize(jnp.float32) - x)))
+            norm = norm.at[expert].add(jnp.sum(jnp.square(x)))
+            out = QuantizedArray(values=values, scales=scales, global_scale=second, format=fmt)
+            return (out, error, norm), finite & _is_finite(x)
+
+        result: tuple[Any, Array] = self._for_chunks(chunk, (carry, jnp.bool_(True)))
+        return result
+
+    def _for_chunks(self, body: Callable[[Any, Array, Array, Array], Any], carry: Any) -> Any:
+        """`carry = body(carry, x, expert, row)` with `x` `[rows, K]` in f32, the rows from `row` on of an expert."""
+        n, k = self.shape[-2:]
+        in_part = self.lead if self.layout.half is None else ()
+
+        def chunk(expert: Array, row: Array, rows: int, carry: Any) -> Any:
+            sizes = (1, *(1 for _ in in_part), rows, k)
+            x = self.layout.take(self.part, (expert, *in_part, row, 0), sizes)
+            return body(carry, x.reshape(rows, k).astype(jnp.float32), expert, row)
+
+        def one_expert(expert: Array, _: int, carry: Any) -> Any:
+            rows = chunk_rows(self.shape, self.fmt)[1]
+            return _for_chunks(n, rows, self.start, lambda *args: chunk(expert, *args), carry)
+
+        return _for_chunks(self.part.shape[self.layout.permutation[0]], 1, self.start, one_expert, carry)
 
 
 def copy_step(stored: jax.ShapeDtypeStruct, layouts: Sequence[PartLayout]) -> Callable[..., tuple[Array, Stats]]:

@@ -58,9 +58,11 @@ class Target:
         fmt = self.format
         if fmt is None:
             return jax.ShapeDtypeStruct(self.shape, self.leaf.aval.dtype, sharding=self.sharding)
+        second = fmt.global_shape(self.shape)
         array: Any = QuantizedArray(
             values=jax.ShapeDtypeStruct(fmt.values_shape(self.shape), fmt.storage),  # type: ignore[arg-type]
             scales=jax.ShapeDtypeStruct(fmt.scales_shape(self.shape), fmt.scale_dtype),  # type: ignore[arg-type]
+            global_scale=None if second is None else jax.ShapeDtypeStruct(second, np.float32),  # type: ignore[arg-type]
             format=fmt,
         )
         by_child = (

@@ -70,8 +70,9 @@ def _gather(x: jax.Array, tokens: Int32[Array, " M"], fmt: Format | None) -> jax
     if fmt is None:
         return _take_rows(x, tokens)
     q = quantize(x, fmt)
-    scales = q.scales if fmt.block[0] is None else q.scales[:, tokens]
-    return QuantizedArray(values=_take_rows(q.values, tokens), scales=scales, format=fmt)
+    scales = q.scales if fmt.block[0] is None else _take_rows(q.scales.T, tokens).T
+    second = None if q.global_scale is None else q.global_scale[tokens]
+    return QuantizedArray(values=_take_rows(q.values, tokens), scales=scales, global_scale=second, format=fmt)
 
 
 def _take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:

@@ -1,11 +1,13 @@
-"""The exact product of two operands in XLA, codes multiplied as codes: what every reference matmul is made of.
+"""The exact product of two operands in XLA: what every reference matmul is made of.
 
-Codes (int8, e4m3) are exact in bf16, so a product of codes, or of codes and bf16, is exact in f32; scales multiply
-f32 sums, once per K block. No dequantized weight is ever rounded to 16 bits.
+Codes are exact in bf16, so a product of codes, or of codes and bf16, is exact in f32; scales in f32 multiply f32 sums,
+once per K block. A code times a scale of few bits (E8M0, e4m3) is exact in bf16 as well and multiplied out beforehand.
+No dequantized weight is ever rounded.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -37,12 +39,25 @@ class Operand(NamedTuple):
 
 
 def operand(x: jax.Array | QuantizedArray) -> Operand:
-    """`x` `[rows, K]` with its scales spread over the rows; the values stay as they are stored."""
+    """`x` `[rows, K]` with its scales spread over the rows; values of 8 bits with scales in f32 stay as they are stored."""
     rows, k = x.shape
     if not isinstance(x, QuantizedArray):
         return Operand(x, None, k)
     block_rows, block_k = x.format.block
-    return Operand(x.values, spread_rows(x.scales, block_rows, rows), min(block_k or k, k))
+    if not x.format.exact_in_bf16:
+        return Operand(x.unpacked(), spread_rows(x.scales, block_rows, rows), min(block_k or k, k))
+    values = dataclasses.replace(x, global_scale=None).dequantize(jnp.bfloat16)
+    second = x.global_scale
+    return Operand(values, None if second is None else jnp.broadcast_to(second, (1, rows)), k)
+
+
+def operand_dtype(x: jax.Array | QuantizedArray) -> np.dtype[Any]:
+    """Of the values of `operand(x)`."""
+    if not isinstance(x, QuantizedArray):
+        return np.dtype(x.dtype)
+    if x.format.exact_in_bf16:
+        return np.dtype(jnp.bfloat16)
+    return np.dtype(np.int8) if x.format.codes_per_element == 2 else x.dtype
 
 
 def spread_rows(scales: jax.Array, block_rows: int | None, rows: int) -> Float[Array, "*batch blocks rows"]:

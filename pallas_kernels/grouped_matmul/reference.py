@@ -24,6 +24,7 @@ from pallas_kernels.grouped_matmul.product import (
     Operand,
     contraction_dtype,
     operand,
+    operand_dtype,
     product,
     spread_rows,
 )
@@ -77,7 +78,11 @@ def _visit_groups(
     n_out = math.prod(rhs.shape[1:-1]) // (1 if epilogue is None else 2)
     if num_rows == 0:
         return jnp.zeros((0, n_out), out_dtype)
-    rows, in_blocks, dtype = operand(lhs), _in_blocks(lhs, rhs), contraction_dtype(lhs.dtype, rhs.dtype)
+    rows, in_blocks, dtype = (
+        operand(lhs),
+        _in_blocks(lhs, rhs),
+        contraction_dtype(operand_dtype(lhs), operand_dtype(rhs)),
+    )
     tiles = tile_sizes(num_rows, num_experts)
 
     def one_group(i: jax.Array, out: jax.Array) -> jax.Array:
@@ -136,27 +141,38 @@ def _expert(rhs: jax.Array | QuantizedArray, expert: jax.Array, *, in_blocks: bo
     """One expert's weights `[N, K]`, gate and up one after the other.
 
     They are taken, in the dtype of the contraction, once for all its tiles; with K in blocks it is faster to take
-    them block by block and tile by tile.
+    them block by block and tile by tile, unless codes have to be unpacked or multiplied out.
     """
     num_experts, *halves, n, k = rhs.shape
     values = rhs.values if isinstance(rhs, QuantizedArray) else rhs
-    rows = math.prod((*halves, n))
-    values = values.reshape(num_experts, rows, k)
-    if not in_blocks:
+    rows, width = math.prod((*halves, n)), values.shape[-1]
+    values = values.reshape(num_experts, rows, width)
+    fmt = rhs.format if isinstance(rhs, QuantizedArray) else None
+    at_once = fmt is not None and (fmt.codes_per_element == 2 or fmt.exact_in_bf16)
+    if not in_blocks or at_once:
         zero = jnp.zeros_like(expert)
-        values = take(values, (expert, zero, zero), (1, rows, k))[0].astype(dtype)
+        values = take(values, (expert, zero, zero), (1, rows, width))[0]
     if not isinstance(rhs, QuantizedArray):
-        return Operand(values, None, k, expert if in_blocks else None)
-    block_n, block_k = rhs.format.block
-    scales = spread_rows(lax.dynamic_index_in_dim(rhs.scales, expert, keepdims=False), block_n, n)
+        return Operand(values.astype(dtype), None, k) if not in_blocks else Operand(values, None, k, expert)
+    scales, second = (
+        None if part is None else lax.dynamic_index_in_dim(part, expert, keepdims=False)
+        for part in (rhs.scales, rhs.global_scale)
+    )
+    scales = spread_rows(scales, rhs.format.block[0], n)
     if halves:
         scales = jnp.swapaxes(scales, 0, 1)
-    return Operand(values, scales.reshape(-1, rows), min(block_k or k, k), expert if in_blocks else None)
+        second = None if second is None else jnp.repeat(second, n)
+    scales = scales.reshape(-1, rows)
+    if at_once:
+        one = operand(QuantizedArray(values=values, scales=scales, global_scale=second, format=rhs.format))
+        return one._replace(values=one.values.astype(dtype))
+    block_k = min(rhs.format.block[1] or k, k)
+    return Operand(values, scales, block_k, expert) if in_blocks else Operand(values.astype(dtype), scales, block_k)
 
 
 def _in_blocks(*operands: jax.Array | QuantizedArray) -> bool:
     """Whether K is cut into blocks that have scales of their own."""
-    quantized = (x for x in operands if isinstance(x, QuantizedArray))
+    quantized = (x for x in operands if isinstance(x, QuantizedArray) and not x.format.exact_in_bf16)
     return any((x.format.block[1] or x.shape[-1]) < x.shape[-1] for x in quantized)
 
 

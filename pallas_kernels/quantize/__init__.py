@@ -1,4 +1,5 @@
 """Online quantization of weights and activations."""
 
+from pallas_kernels.quantize.api import matrix_amax as matrix_amax
 from pallas_kernels.quantize.api import quantize as quantize
 from pallas_kernels.quantize.quotient import quotient as quotient

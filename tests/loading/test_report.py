@@ -35,7 +35,7 @@ def test_errors_are_those_of_numpy(scheme, unit_bytes):
     for tensor in report.tensors:
         x = tree["l0"][tensor.name.removeprefix("l0.")]
         format = SCHEMES[scheme]
-        error = np.square(dequantize_numpy(*quantize_numpy(x, format), format) - x.astype(np.float64))
+        error = np.square(dequantize_numpy(quantize_numpy(x, format), format) - x.astype(np.float64))
         norm = np.square(x.astype(np.float64))
         assert tensor.error == pytest.approx(np.sqrt(error.sum() / norm.sum()), rel=1e-3)
         axes = tuple(range(1, x.ndim))

@@ -15,7 +15,7 @@ def real(x, name=None):
     """float64 values of `x`, quantized on the way where a format is named."""
     if name is None:
         return np.asarray(x).astype(np.float64)
-    return dequantize_numpy(*quantize_numpy(x, name), name)
+    return dequantize_numpy(quantize_numpy(x, name), name)
 
 
 def rounded(x, dtype):
@@ -73,7 +73,8 @@ def fused_moe(
 ):
     """`x [T, H]` in its dtype; `w13 [E, 2, I, H]` and `w2 [E, H, I]` float64, dequantized; result `[T, H]` float64."""
     dtype = x.dtype
-    out = np.zeros(x.shape)
+    rows = real(rounded(real(x) * weights, dtype) if on_input else x, act_format)
+    routed, hidden = [], []
     for t in range(x.shape[0]):
         for j in range(ids.shape[1]):
             e = ids[t, j]
@@ -81,10 +82,12 @@ def fused_moe(
                 e = expert_map[e] if 0 <= e < len(expert_map) else -1
             if not 0 <= e < w2.shape[0]:
                 continue
-            row = rounded(real(x[t]) * weights[t, j], dtype) if on_input else real(x[t])
-            row = real(row[None], act_format)[0]
-            gate, up = (rounded(w13[e, s] @ row + (0 if b13 is None else b13[e, s]), dtype) for s in (0, 1))
-            a = rounded(act(gate, up), dtype)
-            h = w2[e] @ real(a[None], act_format)[0] + (0 if b2 is None else b2[e])
+            gate, up = (rounded(w13[e, s] @ rows[t] + (0 if b13 is None else b13[e, s]), dtype) for s in (0, 1))
+            routed.append((t, j, e))
+            hidden.append(rounded(act(gate, up), dtype))
+    out = np.zeros(x.shape)
+    if routed:  # quantized together: a per-tensor scale spans the rows that were routed
+        for (t, j, e), a in zip(routed, real(np.stack(hidden), act_format), strict=True):
+            h = w2[e] @ a + (0 if b2 is None else b2[e])
             out[t] += h if on_input else h * weights[t, j]
     return out

@@ -10,7 +10,7 @@ from numpy_quantizer import dequantize_numpy, quantize_numpy
 
 def quantized(x, name):
     """`x` after a round trip through a format, in f32; None leaves it."""
-    return np.asarray(x, np.float32) if name is None else dequantize_numpy(*quantize_numpy(x, name), name).astype("f4")
+    return np.asarray(x, np.float32) if name is None else dequantize_numpy(quantize_numpy(x, name), name).astype("f4")
 
 
 def bf16(x):

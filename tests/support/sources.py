@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 
 import moe_online
+from by_name import assert_same_parts, by_name, whole_blocks
 from moe_online.experts import abstract_experts
 from moe_online.loading import CheckpointSource
 from numpy_quantizer import quantize_numpy
-from tolerance import assert_same_bits
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 KEN_MAPPING = {  # of a training run: [E, K, N], gate and up apart
@@ -42,6 +42,12 @@ def ours(e=3, h=160, i=96, *, layers=1, dtype=BF16, seed=0):
         }
         for layer in range(layers)
     }
+
+
+def sizes_for(weight, e=3, h=160, i=96):
+    """The sizes, H and I raised to what a format can store."""
+    (h,), (i,) = (whole_blocks(weight, (size,)) for size in (h, i))
+    return e, h, i
 
 
 def as_ken(tree):
@@ -78,11 +84,10 @@ def check_quantized(params, tree, weight):
     assert set(params) == set(tree)
     for name, layer in tree.items():
         for field, source in layer.items():
-            codes, scales = quantize_numpy(source, weight)
             found = getattr(params[name], field)
-            assert found.format.name == weight
-            assert_same_bits(found.values, codes)
-            assert_same_bits(found.scales, scales)
+            assert found.format == by_name(weight)
+            shared = tuple(range(1, source.ndim - 2))  # gate and up have one scale where a scale spans a matrix
+            assert_same_parts(found, quantize_numpy(source, weight, shared_axes=shared))
 
 
 def quiet_load(abstract, source, **arguments):

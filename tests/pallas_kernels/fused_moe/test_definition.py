@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import definition
+from by_name import by_name
 from pallas_kernels import QuantizedArray, fused_moe, quantize, route
 from tolerance import assert_close
 
@@ -22,10 +23,18 @@ SCHEMES = [
     ("fp8_per_channel", "fp8_per_token"),
     ("fp8_per_block", None),
     ("fp8_per_block", "fp8_per_group"),
+    ("fp8_per_tensor", "fp8_per_tensor_dynamic"),
+    ("int4_per_group_32", None),
+    ("int4_per_group_64", "int8_per_token"),
+    ("mxfp8", "mxfp8"),
+    ("mxfp4", None),
+    ("mxfp4", "mxfp4"),
+    ("nvfp4", None),
+    ("nvfp4", "nvfp4_per_token"),
 ]
 
 
-def problem(t=29, e=5, k=2, h=200, i=136, seed=0):
+def problem(t=29, e=5, k=2, h=192, i=192, seed=0):
     rng = np.random.default_rng(seed)
 
     def steps(size):
@@ -44,7 +53,7 @@ run = jax.jit(fused_moe, static_argnames=OPTIONS)  # shared: equal shapes compil
 
 
 def packed(w, name):
-    return w if name is None else jax.jit(quantize, static_argnums=1)(w, name)
+    return w if name is None else jax.jit(quantize, static_argnums=1)(w, by_name(name))
 
 
 def expect(x, w13, w2, weights, ids, weight=None, **options):
@@ -112,8 +121,8 @@ def test_both_forms_of_w13(weight):
 def test_activations_and_biases(name):
     x, w13, w2, weights, ids = problem(t=9)
     rng = np.random.default_rng(7)
-    b13 = jnp.asarray(rng.normal(size=(5, 2, 136)), jnp.float32)
-    b2 = jnp.asarray(rng.normal(0, 20, (5, 200)), jnp.float32)
+    b13 = jnp.asarray(rng.normal(size=(5, 2, 192)), jnp.float32)
+    b2 = jnp.asarray(rng.normal(0, 20, (5, 192)), jnp.float32)
     act = functools.partial(definition.activation, name, limit=7.0 if name == "swigluoai" else None)
     expected = expect(x, w13, w2, weights, ids, b13=np.asarray(b13), b2=np.asarray(b2), act=act)
 
@@ -163,7 +172,7 @@ def test_experts_that_are_elsewhere_contribute_nothing():
 def test_batch_sizes(t, weight):
     x, w13, w2, weights, ids = problem(t=t)
     actual = run(x, packed(w13, weight), packed(w2, weight), weights, ids)
-    assert actual.shape == (t, 200)
+    assert actual.shape == (t, 192)
     assert actual.dtype == x.dtype
     if t:
         assert_close(actual, expect(x, w13, w2, weights, ids, weight), **TOLERANCE)

@@ -12,13 +12,13 @@ from tolerance import assert_close
 
 def problem():
     rng = np.random.default_rng(0)
-    x, w = rng.normal(size=(37, 300)), rng.normal(size=(200, 300)) * 8.0 ** (np.arange(300) // 128)
+    x, w = rng.normal(size=(37, 384)), rng.normal(size=(200, 384)) * 8.0 ** (np.arange(384) // 128)
     bias = rng.normal(size=200)
     return (jnp.asarray(v, jnp.float32).astype(jnp.bfloat16) for v in (x, w, bias))
 
 
-@pytest.mark.parametrize("activation", [None, "int8_per_token", "fp8_per_token", "fp8_per_group"])
-@pytest.mark.parametrize("weight", [None, "int8_per_channel", "fp8_per_channel", "fp8_per_block"])
+@pytest.mark.parametrize("activation", [None, "int8_per_token", "fp8_per_group", "mxfp8", "nvfp4_per_token"])
+@pytest.mark.parametrize("weight", [None, "int8_per_channel", "fp8_per_block", "int4_per_group", "mxfp4", "nvfp4"])
 def test_matches_definition(weight, activation):
     x, w, bias = problem()
     expected = definition.real(x, activation) @ definition.real(w, weight).T + definition.real(bias)

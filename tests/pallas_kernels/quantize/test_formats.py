@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +13,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels import QuantizedArray, UnsupportedError, get_format, quantize
 from pallas_kernels.formats import FORMATS
 
-LAYOUTS = {  # scales of an array [2, 200, 300]: K blocks, then N blocks
-    "fp8_per_channel": (2, 1, 200),
-    "fp8_per_token": (2, 1, 200),
-    "fp8_per_block": (2, 3, 2),
-    "fp8_per_group": (2, 3, 200),
-    "int8_per_channel": (2, 1, 200),
-    "int8_per_token": (2, 1, 200),
+LAYOUTS = {  # of an array [2, 200, 384]: scales (K blocks, then N blocks), second level, bytes of a row of K
+    "fp8_per_tensor": ((2, 1, 1), None, 384),
+    "fp8_per_tensor_dynamic": ((2, 1, 1), None, 384),
+    "fp8_per_channel": ((2, 1, 200), None, 384),
+    "fp8_per_token": ((2, 1, 200), None, 384),
+    "fp8_per_block": ((2, 3, 2), None, 384),
+    "fp8_per_group": ((2, 3, 200), None, 384),
+    "int8_per_channel": ((2, 1, 200), None, 384),
+    "int8_per_token": ((2, 1, 200), None, 384),
+    "int4_per_group": ((2, 3, 200), None, 192),
+    "mxfp8": ((2, 12, 200), None, 384),
+    "mxfp4": ((2, 12, 200), None, 192),
+    "nvfp4": ((2, 24, 200), (2,), 192),
+    "nvfp4_per_token": ((2, 24, 200), (2, 200), 192),
 }
+SCALES = {"mxfp8": np.uint8, "mxfp4": np.uint8, "nvfp4": jnp.float8_e4m3fn, "nvfp4_per_token": jnp.float8_e4m3fn}
 
 
 @functools.cache
 def example(name="fp8_per_block"):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 200, 300)), jnp.bfloat16)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 200, 384)), jnp.bfloat16)
     return jax.jit(quantize, static_argnames="format")(x, name)
 
 
@@ -32,15 +41,24 @@ def test_every_format_is_here():
     assert set(LAYOUTS) == set(FORMATS)
 
 
-@pytest.mark.parametrize(("name", "scales"), LAYOUTS.items(), ids=LAYOUTS)
-def test_layout(name, scales):
+@pytest.mark.parametrize(("name", "layout"), LAYOUTS.items(), ids=LAYOUTS)
+def test_layout(name, layout):
+    scales, second, width = layout
     q, fmt = example(name), get_format(name)
-    assert (q.values.shape, q.scales.shape, q.global_scale) == ((2, 200, 300), scales, None)
+    assert (q.values.shape, q.scales.shape) == ((2, 200, width), scales)
+    assert q.global_scale is None if second is None else q.global_scale.shape == second
     assert (q.values.dtype, q.scales.dtype) == (fmt.storage, fmt.scale_dtype)
-    assert (q.shape, q.ndim, q.dtype) == ((2, 200, 300), 3, fmt.storage)
+    assert q.scales.dtype == SCALES.get(name, np.float32)
+    assert q.values.dtype == (np.uint8 if width == 192 else np.int8 if "int8" in name else jnp.float8_e4m3fn)
+    assert (q.shape, q.ndim, q.dtype) == ((2, 200, 384), 3, fmt.storage)
     assert fmt.scales_shape(q.shape) == scales
+    assert fmt.global_shape(q.shape) == second
     assert fmt.values_shape(q.shape) == q.values.shape
-    assert q.nbytes == fmt.stored_bytes(q.shape) == 120_000 + 4 * np.prod(scales)
+    assert (
+        q.nbytes
+        == fmt.stored_bytes(q.shape)
+        == 400 * width + (1 if name in SCALES else 4) * np.prod(scales) + (0 if second is None else 4 * np.prod(second))
+    )
     assert str(fmt) == name
     assert hash(fmt) == hash(dataclasses.replace(fmt))
 
@@ -56,15 +74,15 @@ def test_properties_follow_the_children(name):
     whole = q.dequantize()
 
     def inside(part):
-        assert (part.shape, part.ndim) == ((200, 300), 2)
-        assert part.nbytes == get_format(name).stored_bytes((200, 300))
+        assert (part.shape, part.ndim) == ((200, 384), 2)
+        assert part.nbytes == get_format(name).stored_bytes((200, 384))
         return part.dequantize()
 
     assert np.array_equal(inside(jax.tree.map(lambda v: v[1], q)), whole[1])
     assert np.array_equal(jax.vmap(inside)(q), whole)
     assert np.array_equal(jax.lax.scan(lambda _, part: (None, inside(part)), None, q)[1], whole)
     part = jax.tree.map(lambda v: v[:1], q)
-    assert part.shape == (1, 200, 300)
+    assert part.shape == (1, 200, 384)
     assert np.array_equal(part.dequantize(), whole[:1])
 
 
@@ -85,6 +103,13 @@ def test_from_parts():
             QuantizedArray.from_parts(*parts, "fp8_per_block")
     with pytest.raises(ValueError, match=r"no second-level scale; drop global_scale.shape=\(2,\)"):
         QuantizedArray.from_parts(q.values, q.scales, "fp8_per_block", jnp.ones(2))
+    for name, second in (("nvfp4", (2,)), ("nvfp4_per_token", (2, 200))):
+        q = example(name)
+        again = QuantizedArray.from_parts(q.values, q.scales, name, q.global_scale)
+        assert np.array_equal(again.dequantize(), q.dequantize())
+        for wrong in (None, jnp.ones((2, 1, 1)), jnp.ones(second, jnp.bfloat16)):
+            with pytest.raises(ValueError, match=rf"global_scale must be float32 {re.escape(str(second))}"):
+                QuantizedArray.from_parts(q.values, q.scales, name, wrong)
 
 
 def test_shardings():
@@ -100,7 +125,11 @@ def test_shardings():
         q = example(name).shardings(sharding)
         assert q.values == sharding
         assert tuple(q.scales.spec) == ("expert", *expected)
-        assert jax.device_put(example(name), q).shape == (2, 200, 300)
+        assert jax.device_put(example(name), q).shape == (2, 200, 384)
+    q = example("nvfp4").shardings(NamedSharding(mesh, PartitionSpec("expert", "model")))
+    assert (tuple(q.scales.spec), tuple(q.global_scale.spec)) == (("expert", None, "model"), ("expert",))
+    q = example("nvfp4_per_token").shardings(NamedSharding(mesh, PartitionSpec("expert", "model")))
+    assert tuple(q.global_scale.spec) == ("expert", "model")
 
 
 @pytest.mark.parametrize(("devices", "spec"), [(2, "model"), (4, None)])
@@ -116,11 +145,13 @@ def test_get_format():
     assert get_format(fmt) is fmt
     assert fmt.grid(129, 128) == (2, 1)
     assert (fmt.spans(), get_format("fp8_per_channel").spans()) == ((False, False), (False, True))
-    weights = "fp8_per_block, fp8_per_channel, int8_per_channel"
-    activations = "fp8_per_group, fp8_per_token, int8_per_token"
+    weights = "fp8_per_block, fp8_per_channel, fp8_per_tensor, int4_per_group, int8_per_channel, mxfp4, mxfp8, nvfp4"
+    activations = "fp8_per_group, fp8_per_tensor_dynamic, fp8_per_token, int8_per_token, mxfp4, mxfp8, nvfp4_per_token"
     with pytest.raises(ValueError, match=f"unknown weight format 'fp8'; valid names: {weights}$"):
         get_format("fp8", role="weight")
-    with pytest.raises(ValueError, match=r"unknown quantization format 'fp8'; valid names: fp8_per_b.*int8_per_token$"):
+    with pytest.raises(
+        ValueError, match=r"unknown quantization format 'fp8'; valid names: fp8_per_b.*nvfp4_per_token$"
+    ):
         get_format("fp8")
     with pytest.raises(ValueError, match=f"'fp8_per_block' is no activation format; valid names: {activations}$"):
         get_format("fp8_per_block", role="activation")
@@ -130,6 +161,17 @@ def test_get_format():
         get_format(8)
     with pytest.raises(ValueError, match="group=64: the block of format 'fp8_per_block' is fixed"):
         get_format("fp8_per_block", group=64)
+    assert get_format("int4_per_group").group == get_format("int4_per_group", group=128).group == 128
+    assert str(get_format("int4_per_group", group=32)) == "int4_per_group (group 32)"
+    with pytest.raises(ValueError, match="group=16 of format 'int4_per_group' must be one of 32, 64, 128"):
+        get_format("int4_per_group", group=16)
+
+
+@pytest.mark.parametrize(("name", "block"), [("int4_per_group", 128), ("mxfp8", 32), ("mxfp4", 32), ("nvfp4", 16)])
+def test_formats_of_whole_blocks(name, block):
+    message = rf"K=100 of shape=\(2, 4, 100\) must be a multiple of {block}, the block of format {name}"
+    with pytest.raises(ValueError, match=message):
+        quantize(jnp.ones((2, 4, 100)), name)
 
 
 def test_errors_of_quantize():
