@@ -167,12 +167,13 @@ def register_scheme(name: str, scheme: QuantSpec | type[OnlineMoEMethodBase]) ->
       TypeError: something else.
       ConfigError: the name is taken.
     """
-    if isinstance(scheme, QuantSpec):
-        register_shorthand(name, moe=scheme, linear=scheme)
-    elif isinstance(scheme, type) and issubclass(scheme, OnlineMoEMethodBase):
+    given: Any = scheme
+    if isinstance(given, QuantSpec):
+        register_shorthand(name, moe=given, linear=given)
+    elif isinstance(given, type) and issubclass(given, OnlineMoEMethodBase):
         check_free(name)
-        OTHER_METHODS[name] = scheme.__name__
-        _REGISTERED[name] = scheme
+        OTHER_METHODS[name] = given.__name__
+        _REGISTERED[name] = given
     else:
         raise TypeError(f"a scheme is a QuantSpec or a subclass of OnlineMoEMethodBase, not {scheme!r}")
 

@@ -1,9 +1,9 @@
 """What a quantized array is: its `Format` (static) and `QuantizedArray` (the pytree that carries one).
 
 Values are `[..., N, K]` with K, the contraction axis, contiguous: 8-bit wgmma reads K-major operands only. Two 4-bit
-codes share a byte, the even index along K in the low half. Scales are `[..., ceil(K / bk), ceil(N / bn)]`, N contiguous,
-a full extent counted as one block, and always *multiply* codes into real values. Activations `[T, K]` follow the same
-rule with T in the place of N.
+codes share a byte, the even index along K in the low half. Scales are `[..., ceil(K / bk), ceil(N / bn)]`, N
+contiguous, a full extent counted as one block, and always *multiply* codes into real values. Activations `[T, K]`
+follow the same rule with T in the place of N.
 """
 
 from __future__ import annotations
@@ -302,11 +302,13 @@ _nvfp4: dict[str, Any] = {
     "code": _E2M1, "code_max": E2M1_MAX, "block": (1, 16), "arithmetic": "two_level", "scale_dtype": _E4M3,
     "amax_floor": 1e-8,
 }  # fmt: skip
-_WEIGHT, _ACTIVATION = ("weight",), ("activation",)
+_WEIGHT: tuple[Role, ...] = ("weight",)
+_ACTIVATION: tuple[Role, ...] = ("activation",)
 
-# Exact arithmetic: the DeepSeek-V3 report (arXiv:2412.19437, section 3.3.2) for blocks and groups; vLLM's online methods
-# (vllm/model_executor/layers/quantization/online/) for floors and nvfp4; int8 is computed in f32 here. OCP MX v1.0 for
-# mxfp8 and mxfp4, whose exponents are rounded as vLLM does: mxfp4's largest magnitude comes to [3.5, 7) and saturates.
+# Exact arithmetic: the DeepSeek-V3 report (arXiv:2412.19437, section 3.3.2) for blocks and groups; vLLM's online
+# methods (vllm/model_executor/layers/quantization/online/) for floors and nvfp4; int8 is computed in f32 here. OCP MX
+# v1.0 for mxfp8 and mxfp4, with exponents rounded as vLLM does: mxfp4's largest magnitude comes to [3.5, 7) and
+# saturates.
 FORMATS: dict[str, Format] = {
     fmt.name: fmt
     for fmt in (

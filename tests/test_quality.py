@@ -1,4 +1,8 @@
-"""The shipped model on all of its held-out text, under every scheme, against a numpy quantizer in the same model."""
+"""The shipped model on its held-out text, under every scheme, against a numpy quantizer in the same model.
+
+Bits per byte are those of all text; KL is compared on its first 32 kB, where both quantizers predict the same bytes,
+because numpy would need minutes for the rest and the bound is a factor of 2.
+"""
 
 import functools
 
@@ -15,7 +19,10 @@ from numpy_moe import NumpyMoE
 from shipped import SHIPPED, heldout, load_shipped
 
 WINDOW, BATCH = 512, 16
-SCHEMES = {spec.moe: name for name, spec in reversed(SHORTHANDS.items())}  # each once, whatever its names
+SCHEMES = {spec.moe: name for name, spec in reversed(SHORTHANDS.items()) if spec.moe}  # each once, whatever its names
+MOST_BITS = {8: 1.01, 4: 1.06}  # bits per byte, relative to bf16's, that weights of 8 and of 4 bits may need
+KL_BLOCKS = 4  # of text, WINDOW * BATCH bytes each
+KL_BYTES = KL_BLOCKS * WINDOW * BATCH
 
 
 @functools.cache
@@ -27,19 +34,14 @@ def bf16():
 
 
 def numpy_kl(model, spec) -> float:
-    """KL to bf16, in bits per byte, of `model` with `spec` put in by numpy alone."""
+    """KL to bf16, in bits per byte of the first `KL_BYTES`, of `model` with `spec` put in by numpy alone."""
     moes = [numpy_moe(layer, spec) for layer in stored_layers()]
-    total = count = 0.0
-    for start, reference in zip(range(0, len(heldout()) - 1, WINDOW * BATCH), bf16()[1], strict=True):
-        tokens = np.zeros(WINDOW * BATCH, np.int32)
-        part = heldout()[start : start + WINDOW * BATCH]
-        tokens[: len(part)] = part
-        found = predict(model, moes, tokens.reshape(BATCH, WINDOW)).astype(np.float64)
-        kl = np.sum(np.exp(reference.astype(np.float64)) * (reference - found), axis=-1).ravel()
-        kl = kl[: len(heldout()) - 1 - start]
-        total, count = total + kl.sum(), count + kl.size
-    assert count == len(heldout()) - 1
-    return total / count / np.log(2)
+    blocks = heldout()[:KL_BYTES].reshape(KL_BLOCKS, BATCH, WINDOW).astype(np.int32)
+    total = 0.0
+    for tokens, reference in zip(blocks, bf16()[1], strict=False):  # the reference goes on to the end of the text
+        found = predict(model, moes, tokens).astype(np.float64)
+        total += np.sum(np.exp(reference.astype(np.float64)) * (reference - found))
+    return total / KL_BYTES / np.log(2)
 
 
 @functools.cache
@@ -87,11 +89,12 @@ def test_numpy_layer_is_the_same_model():
 @pytest.mark.parametrize("spec", SCHEMES, ids=SCHEMES.get)
 def test_schemes_are_as_good_as_numpy(spec):
     model, reference, bits = bf16()
-    found = evaluate(load_shipped(SCHEMES[spec]), heldout(), window=WINDOW, batch=BATCH, reference=reference)
+    found = evaluate(load_shipped({"moe": spec}), heldout(), window=WINDOW, batch=BATCH, reference=reference)
     by_numpy = numpy_kl(model, spec)
-    print(f"{SCHEMES[spec]}: KL {found.kl_per_byte:.6f}, numpy {by_numpy:.6f}, {found.bits_per_byte:.4f} of {bits:.4f}")
-    assert 1e-5 < found.kl_per_byte <= 2 * by_numpy
-    assert abs(found.bits_per_byte / bits - 1) < 0.01
+    kl, relative = float(found.kl[:KL_BYTES].mean(dtype=np.float64)), found.bits_per_byte / bits
+    print(f"{SCHEMES[spec]}: KL {kl:.6f}, numpy {by_numpy:.6f}, {found.bits_per_byte:.4f} of {bits:.4f} bits per byte")
+    assert 1e-5 < kl <= 2 * by_numpy
+    assert 0.99 < relative < MOST_BITS[spec.weight.bits]
 
 
 def test_rotated_experts_are_noticed():

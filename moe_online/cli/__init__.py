@@ -7,10 +7,10 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from moe_online.cli import inspect, quickstart
+from moe_online.cli import evaluate, inspect, quickstart
 from moe_online.errors import CheckpointError, ConfigError
 
-COMMANDS = (quickstart, inspect)
+COMMANDS = (quickstart, inspect, evaluate)
 INTERRUPTED = 130  # what shells report after Ctrl-C
 
 

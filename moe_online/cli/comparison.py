@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from moe_online import models
+from moe_online.cli import output
+from moe_online.errors import ConfigError
 from moe_online.evaluate import Evaluation, evaluate, log_probabilities
-from moe_online.loading.messages import human_bytes
-from moe_online.schemes import SHORTHANDS
+from moe_online.models.pretrained import PathLike
+from moe_online.schemes import SHORTHANDS, QuantSpec
 
 UNQUANTIZED = "bf16"
 WINDOW, BATCH = 512, 8  # tokens read together, windows per call: one compilation serves the text
@@ -36,13 +35,13 @@ class Row:
     bits_per_byte: float
     kl: float  # KL(first scheme || this one), in bits per byte
     top1_agreement: float  # fraction of bytes for which both find the same one likeliest
-    tokens_per_second: float  # generated, one sequence
+    tokens_per_second: float | None  # generated, one sequence; None without a prompt
     seconds: float  # to load
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A row, and how the model continues the prompt."""
+    """A row, and how the model continues the prompt; without a prompt that is empty."""
 
     row: Row
     completion: str
@@ -61,39 +60,64 @@ def schemes(*, everything: bool) -> list[str]:
     return usual
 
 
-class Comparison:
-    """Measures a byte-level model, scheme after scheme; each is freed before the next is loaded.
+def spec_of(scheme: str) -> QuantSpec | None:
+    """What a name that `check_names` accepts does to experts."""
+    return None if scheme == UNQUANTIZED else SHORTHANDS[scheme].moe
 
-    The scheme that is measured first is what the others are compared with.
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigError unless each is `bf16` or a shorthand that quantizes experts."""
+    valid = [UNQUANTIZED, *sorted(name for name, shorthand in SHORTHANDS.items() if shorthand.moe is not None)]
+    unknown = [repr(name) for name in names if name not in valid]
+    if unknown:
+        raise ConfigError(
+            f"unknown scheme{'s' * (len(unknown) != 1)} {', '.join(unknown)}; valid names: {', '.join(valid)}"
+        )
+
+
+def compare(path: PathLike, text: bytes, names: Sequence[str], *, prompt: str | None = None) -> list[Measured]:
+    """Measures a byte-level model under each scheme, behind a progress bar; only its experts are quantized.
+
+    The first scheme is what the others are compared with. A model is freed before the next is loaded; what the first
+    one predicted stays on the host (4 bytes for each of 256 next bytes, so 1 kB per byte of text).
 
     Args:
       path: The model folder.
-      text: Bytes that it predicts.
-      prompt: What it continues.
-      announce: Called with a scheme and what is done with it now.
+      text: Bytes that it predicts, all but the first.
+      names: Of the schemes, as `check_names` accepts them.
+      prompt: What it continues; None leaves generation out.
     """
+    with output.progress(len(names) * (2 if prompt is None else 3)) as announce:
+        comparison = _Comparison(path, text, prompt, announce=announce)
+        return [comparison.measure(name) for name in names]
 
-    def __init__(self, path: Path, text: bytes, prompt: str, *, announce: Callable[[str, str], None]):
+
+class _Comparison:
+    """`compare`, scheme after scheme."""
+
+    def __init__(self, path: PathLike, text: bytes, prompt: str | None, *, announce: Callable[[str], None]):
         self._path, self._announce = path, announce
         self._text = np.frombuffer(text, np.uint8)
-        self._prompt = np.frombuffer(prompt.encode(), np.uint8)[None]
+        self._prompt = None if prompt is None else np.frombuffer(prompt.encode(), np.uint8)[None]
         self._reference: list[np.ndarray] = []  # on the host, so that no model is measured beside it
 
     def measure(self, scheme: str) -> Measured:
         """Loads, evaluates and runs the model under one scheme."""
-        self._announce(scheme, "loading")
-        spec = None if scheme == UNQUANTIZED else SHORTHANDS[scheme].moe
+        self._announce(f"{scheme}: loading")
+        spec = spec_of(scheme)
         lm = models.load(self._path, quantization=spec, progress=False)
-        self._announce(scheme, "predicting held-out text")
+        self._announce(f"{scheme}: predicting text")
         found = self._evaluate(lm)
         assert found.kl_per_byte is not None and found.top1_agreement is not None  # there is a reference
-        self._announce(scheme, "generating")
-        completion, tokens_per_second = self._generate(lm)
+        completion, tokens_per_second = "", None
+        if self._prompt is not None:
+            self._announce(f"{scheme}: generating")
+            completion, tokens_per_second = _generate(lm, self._prompt)
         weight, activation = (None, None) if spec is None else (spec.weight, spec.activation)
         row = Row(
             scheme=scheme,
-            weight=None if weight is None else weight.name,
-            activation=None if activation is None else activation.name,
+            weight=None if weight is None else str(weight),
+            activation=None if activation is None else str(activation),
             stored_bytes=lm.report.resident_bytes,
             peak_bytes=lm.report.peak_bytes,
             planned_peak_bytes=lm.report.planned_peak_bytes,
@@ -111,43 +135,16 @@ class Comparison:
             self._reference = [jax.device_get(block) for block in log_probabilities(lm.model, self._text, **sizes)]
         return evaluate(lm.model, self._text, **sizes, reference=map(jnp.asarray, self._reference))
 
-    def _generate(self, lm: models.CausalLM) -> tuple[str, float]:
-        """A continuation, and tokens per second by the median step: the first waits for compilation."""
-        times: list[float] = []
-        tokens = lm.generate(
-            self._prompt,
-            max_new_tokens=NEW_TOKENS,
-            temperature=TEMPERATURE,
-            seed=SEED,
-            stream=lambda _: times.append(time.perf_counter()),
-        )
-        text = np.asarray(tokens[0]).astype(np.uint8).tobytes().decode(errors="replace")
-        return text, float(1 / np.median(np.diff(times)))
 
-
-def table(rows: Sequence[Row], *, num_bytes: int) -> Table:
-    """The rows for people; the first is what the others are compared with."""
-    made = Table(
-        title="One model, loaded under each scheme",
-        caption=f"Predicting {num_bytes:,} bytes of held-out text; KL to {rows[0].scheme} in bits per byte. "
-        "Peak: device memory while loading.",
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+def _generate(lm: models.CausalLM, prompt: np.ndarray) -> tuple[str, float]:
+    """A continuation, and tokens per second by the median step: the first waits for compilation."""
+    times: list[float] = []
+    tokens = lm.generate(
+        prompt,
+        max_new_tokens=NEW_TOKENS,
+        temperature=TEMPERATURE,
+        seed=SEED,
+        stream=lambda _: times.append(time.perf_counter()),
     )
-    made.add_column("scheme", no_wrap=True)
-    for column in ("stored", "peak", "bits/byte", "vs bf16", "KL", "tok/s", "load"):
-        made.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        made.add_row(
-            row.scheme,
-            human_bytes(row.stored_bytes),
-            human_bytes(row.peak_bytes),
-            f"{row.bits_per_byte:.4f}",
-            "" if row is rows[0] else f"{100 * (row.bits_per_byte / rows[0].bits_per_byte - 1):+.2f} %",
-            "" if row is rows[0] else f"{row.kl:.4f}",
-            f"{row.tokens_per_second:.0f}",
-            f"{row.seconds:.1f} s",
-        )
-    return made
+    text = np.asarray(tokens[0]).astype(np.uint8).tobytes().decode(errors="replace")
+    return text, float(1 / np.median(np.diff(times)))

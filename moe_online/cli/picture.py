@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_online.cli import output
 from moe_online.cli.comparison import Row
+from moe_online.cli.table import percent_more_bits
 from moe_online.errors import ConfigError
 from moe_online.loading.messages import human_bytes
 
-PEAK, STORED, LOSS, SPEED = "#c9d8ee", "#2f6db5", "#d8833b", "#4f9d69"
+PEAK, STORED, LOSS, SPEED, OTHER = "#c9d8ee", "#2f6db5", "#d8833b", "#4f9d69", "#9a6fb0"
 BAR = 0.62  # of the distance between rows
 INK = "#222222"
 
@@ -21,8 +23,16 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def check_name(path: Path) -> None:
-    """Raises ConfigError where matplotlib writes no such pictures."""
+def check(path: Path) -> None:
+    """Finds out before the work starts that the picture cannot be drawn.
+
+    Raises:
+      ConfigError: matplotlib is missing, or writes no such pictures.
+      OSError: the file cannot be written.
+    """
+    if not can_draw():
+        raise ConfigError(f"cannot draw {path} without matplotlib: pip install 'moe-online[plot]'")
+    output.check_writable(path)
     from matplotlib.backend_bases import FigureCanvasBase  # optional
 
     known = sorted(FigureCanvasBase.get_supported_filetypes())
@@ -31,19 +41,23 @@ def check_name(path: Path) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
-    """Draws one row of bars per scheme: memory, loss of quality, speed."""
+    """Draws one row of bars per scheme: memory, loss of quality, and speed or else agreement."""
     from matplotlib.figure import Figure  # optional
 
     figure = Figure(figsize=(11, 1.5 + 0.42 * len(rows)), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    memory, loss, speed = figure.subplots(1, 3, sharey=True, width_ratios=[1.3, 1.1, 0.9])
+    memory, loss, last = figure.subplots(1, 3, sharey=True, width_ratios=[1.3, 1.1, 0.9])
     _memory(memory, rows)
     _loss(loss, rows)
-    _bars(speed, [row.tokens_per_second for row in rows], [f"{row.tokens_per_second:.0f}" for row in rows], SPEED)
-    speed.set_title("Tokens per second, one sequence", loc="left", fontsize=10, color=INK)
+    speeds = [row.tokens_per_second for row in rows if row.tokens_per_second is not None]
+    if len(speeds) == len(rows):
+        _bars(last, speeds, [f"{speed:.0f}" for speed in speeds], SPEED)
+        last.set_title("Tokens per second, one sequence", loc="left", fontsize=10, color=INK)
+    else:
+        _disagreement(last, rows)
     memory.set_yticks(range(len(rows)), [row.scheme for row in rows], color=INK)
     memory.invert_yaxis()  # shared: the first scheme on top
-    for axes in (memory, loss, speed):
+    for axes in (memory, loss, last):
         axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
         axes.tick_params(length=0)
         axes.set_xticks([])
@@ -62,11 +76,17 @@ def _memory(axes: Any, rows: Sequence[Row]) -> None:
 def _loss(axes: Any, rows: Sequence[Row]) -> None:
     """KL rather than the change of bits per byte, which is small, of either sign and mostly chance."""
     first = rows[0]
-    changes = [100 * (row.bits_per_byte / first.bits_per_byte - 1) for row in rows[1:]]
-    labels = [f"{row.kl:.4f}  (bits/byte {by:+.2f} %)" for row, by in zip(rows[1:], changes, strict=True)]
+    labels = [f"{row.kl:.4f}  (bits/byte {percent_more_bits(row, first):+.2f} %)" for row in rows[1:]]
     _bars(axes, [row.kl for row in rows], [f"{first.bits_per_byte:.4f} bits/byte", *labels], LOSS)
     axes.set_title(f"KL to {first.scheme}, bits per byte", loc="left", fontsize=10, color=INK)
     axes.margins(x=1.0)  # for the long labels
+
+
+def _disagreement(axes: Any, rows: Sequence[Row]) -> None:
+    """The complement of the agreement, which is nearly 1 for each."""
+    other = [100 * (1 - row.top1_agreement) for row in rows]
+    _bars(axes, other, ["", *(f"{percent:.1f} %" for percent in other[1:])], OTHER)
+    axes.set_title(f"Top-1 other than that of {rows[0].scheme}", loc="left", fontsize=10, color=INK)
 
 
 def _bars(axes: Any, values: Sequence[float], labels: Sequence[str], color: str) -> None:

@@ -19,7 +19,7 @@ PICTURE = Path("moe-online-quickstart.png")
 TEXT_BYTES = 16 * 1024
 PROMPT = 'def read_config(path):\n    """'
 SPEAKER = "fp8_per_block"  # the scheme whose completion is shown
-STEPS = 3  # that are announced per scheme
+COLUMNS = ("stored", "peak", "bits/byte", "vs bf16", "KL", "tok/s", "load")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -38,17 +38,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Measures, prints the table and a completion, draws the picture."""
-    from moe_online.cli import comparison, picture
+    from moe_online.cli import comparison, picture, table
 
     output.check_writable(args.json)
     if picture.can_draw():
-        output.check_writable(args.plot)
-        picture.check_name(args.plot)
+        picture.check(args.plot)
     measured = _measure(comparison.schemes(everything=args.all))
     rows = [each.row for each in measured]
     output.write_json(args.json, [dataclasses.asdict(row) for row in rows])
     console = output.stdout()
-    console.print(comparison.table(rows, num_bytes=TEXT_BYTES))
+    console.print(table.table(rows, COLUMNS, text=f"{TEXT_BYTES:,} bytes of held-out text"))
     _print_completion(console, measured)
     if picture.can_draw():
         picture.draw(rows, args.plot, title="moe-online quickstart: a 7 M parameter MoE, quantized while it loads")
@@ -58,22 +57,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _measure(schemes: Sequence[str]) -> list[Measured]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
     from moe_online.assets import HELDOUT_TEXT, PYTHON_MOE_7M
-    from moe_online.cli.comparison import Comparison
+    from moe_online.cli import comparison
 
-    columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=STEPS * len(schemes))
-
-        def announce(scheme: str, step: str) -> None:
-            bar.update(task, advance=1, description=f"{scheme}: {step}")
-
-        text = HELDOUT_TEXT.read_bytes()[: TEXT_BYTES + 1]  # the first byte is not predicted
-        comparison = Comparison(PYTHON_MOE_7M, text, PROMPT, announce=announce)
-        return [comparison.measure(scheme) for scheme in schemes]
+    text = HELDOUT_TEXT.read_bytes()[: TEXT_BYTES + 1]  # the first byte is not predicted
+    return comparison.compare(PYTHON_MOE_7M, text, schemes, prompt=PROMPT)
 
 
 def _print_completion(console: Console, measured: Sequence[Measured]) -> None:

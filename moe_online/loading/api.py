@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from moe_online.config import OnlineQuantConfig
 from moe_online.errors import ConfigError
 from moe_online.experts import default_sharding, expert_spec
 from moe_online.loading import stream
-from moe_online.loading.mapping import assign
+from moe_online.loading.mapping import Part, assign
 from moe_online.loading.orbax import OrbaxSource
 from moe_online.loading.plan import LoadPlan, choose_specs, make_plan
 from moe_online.loading.report import LoadReport
@@ -48,7 +49,7 @@ def load(
     prefetch: int = 1,
     progress: bool = True,
 ) -> LoadResult:
-    """Streams a checkpoint into a declared model and quantizes its experts on the way.
+    """Streams a checkpoint into a declared model and quantizes its experts and dense layers on the way.
 
     Units (a tensor, or a range of its experts) are read one after the other; while one is quantized the next are read,
     and each source is freed at once. Peak device memory is the finished parameters so far, `1 + prefetch` units, and
@@ -60,7 +61,8 @@ def load(
         `ShapeDtypeStruct`s. Leaves go where their sharding says.
       source: A path of an Orbax checkpoint, a pytree of numpy or `jax.Array`s, or a `CheckpointSource`.
       quantization: A shorthand such as `"fp8_per_block"`, an `OnlineQuantConfig`, its dict, or a `QuantSpec` for all
-        experts. None loads everything as declared. Weights are quantized from the dtype that is stored.
+        experts. `linear` reaches each `moe_online.flax.Linear`; most shorthands set it beside `moe`. None loads
+        everything as declared. Weights are quantized from the dtype that is stored.
       mapping: Names and axes of stored tensors where they are not those of the model; see
         `moe_online.loading.mapping`.
       prefix: Reads only what is below this name: a subtree such as `"params"`, a step or an item.
@@ -68,7 +70,7 @@ def load(
         that may be left.
       mesh: Places leaves that have no sharding, or a single device's: experts over its axes `expert` and `tensor`, the
         rest on every device.
-      unit_bytes: Most source bytes per unit; one expert (or row) is the least.
+      unit_bytes: Most source bytes per unit; one expert (or row, or kernel that is quantized) is the least.
       memory_limit: Bytes that the planned peak may reach, on all devices together.
       prefetch: Units read ahead.
       progress: Shows a progress bar.
@@ -156,12 +158,17 @@ def _prepare(
     opened = open_source(source, prefix=prefix)
     parts = assign(tree.leaves, opened.tensors, mapping or {}, unexpected, opened.description)
     specs = choose_specs(tree.leaves, parts, config)
-    targets = [
-        Target(leaf=leaf, parts=parts[leaf.name], sharding=_sharding(leaf, mesh), spec=spec, rule=rule)
-        for leaf, (spec, rule) in ((leaf, specs[leaf.name]) for leaf in tree.leaves)
-    ]
+    targets = [_target(leaf, parts[leaf.name], mesh, *specs[leaf.name]) for leaf in tree.leaves]
     made = make_plan(opened.description, targets, unit_bytes=unit_bytes, memory_limit=memory_limit, prefetch=prefetch)
     return tree, opened, made
+
+
+def _target(leaf: Leaf, parts: tuple[Part, ...], mesh: Mesh | None, spec: QuantSpec | None, rule: str) -> Target:
+    """A leaf and its scheme; the kernel of a dense layer is transposed where it is quantized."""
+    if spec is not None and leaf.kind == "linear":
+        parts = tuple(dataclasses.replace(part, axes=part.axes or leaf.axes) for part in parts)
+        leaf = leaf.transposed()
+    return Target(leaf=leaf, parts=parts, sharding=_sharding(leaf, mesh), spec=spec, rule=rule)
 
 
 def _check_limits(*, unit_bytes: int, prefetch: int, memory_limit: int | None) -> None:
@@ -184,7 +191,7 @@ def _config(quantization: Quantization | None) -> OnlineQuantConfig | None:
 def _sharding(leaf: Leaf, mesh: Mesh | None) -> Any:
     sharding = default_sharding(leaf.aval)
     if mesh is not None and isinstance(sharding, SingleDeviceSharding):  # what a declaration without a mesh has
-        spec = PartitionSpec() if leaf.field is None else expert_spec(leaf.field, mesh)
+        spec = expert_spec(leaf.field, mesh) if leaf.kind == "moe" and leaf.field else PartitionSpec()
         sharding = NamedSharding(mesh, spec)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         # XLA, not the types of arrays, follows the shardings here: `jax.make_mesh` would have it the other way.

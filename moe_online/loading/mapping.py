@@ -186,7 +186,7 @@ def _remedy(
     for prefix in dict.fromkeys(name.partition(".")[0] for name in tensors):
         if any(f"{prefix}.{name}" in tensors for name in missing):
             return f"They are there below {prefix!r}: give prefix={prefix!r}."
-    if any(name in leaves and leaves[name].layer is not None for name in missing):
+    if any(name in leaves and leaves[name].kind == "moe" for name in missing):
         return (
             'Where the checkpoint has them by other names, give mapping={"*.their_name": "E K N -> *.our_name"} for '
             f'experts and {{"*.their_name": "-> *.our_name"}} for all else; {_some_names(tensors)}.'

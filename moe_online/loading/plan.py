@@ -22,6 +22,7 @@ from moe_online.loading.tree import WEIGHTS, Leaf
 from moe_online.loading.units import Target, Unit, allocated_bytes, block_bytes, cut_units, num_rows, stored_bytes
 from moe_online.schemes import SHORTHANDS, QuantSpec
 
+KINDS = {"linear": "moe_online.flax.Linear", "moe": "moe_online.flax.MoE"}  # and the layers that are of them
 WIDE = 100  # columns of a terminal from which on tables show everything
 
 
@@ -46,7 +47,8 @@ class LoadPlan:
     @property
     def coarse_tensors(self) -> tuple[str, ...]:
         """Stored tensors whose chunks are larger than a unit may be, so that the host holds more than that."""
-        large = {id(unit.target): unit.target for unit in self.units if block_bytes(unit) > self.unit_bytes}
+        units = (unit for unit in self.units if block_bytes(unit) > self.unit_bytes and not unit.target.is_matrix)
+        large = {id(unit.target): unit.target for unit in units}
         return tuple(part.stored.name for target in large.values() for part in target.parts)
 
     def __str__(self) -> str:
@@ -115,10 +117,12 @@ def make_plan(
     Raises:
       ShapeMismatch: a stored tensor has another shape than its leaf.
       DtypeMismatch: a stored tensor cannot become its leaf's dtype.
+      ConfigError: a mesh that does not fit, or a leaf that cannot be stored in its format.
       MemoryBudgetError: the peak is above `memory_limit`.
     """
     _check_shapes(source, targets)
     _check_dtypes(source, targets)
+    _check_blocks(targets)
     units = tuple(unit for target in targets for unit in cut_units(target, unit_bytes))
     largest = max((unit.device_bytes for unit in units), default=0)
     block = max((block_bytes(unit) for unit in units), default=0)
@@ -150,15 +154,15 @@ def choose_specs(
     """The scheme of each leaf and the rule that chose it.
 
     Raises:
-      ConfigError: the config reaches no leaf.
+      ConfigError: the config, or a part of it, reaches no leaf.
     """
     chosen: dict[str, tuple[QuantSpec | None, str]] = {}
     for leaf in leaves:
         if config is None:
             chosen[leaf.name] = None, "as declared"
         elif leaf.field in WEIGHTS:
-            assert leaf.layer is not None  # it has a field
-            chosen[leaf.name] = config.resolve_with_rule(leaf.layer, "moe")
+            assert leaf.layer is not None and leaf.kind is not None  # it has a field
+            chosen[leaf.name] = config.resolve_with_rule(leaf.layer, leaf.kind)
         elif leaf.field is None and any(set("ENK") <= set(part.axes or "") for part in parts[leaf.name]):
             chosen[leaf.name] = config.resolve_with_rule(leaf.name, "moe")
         else:
@@ -166,33 +170,38 @@ def choose_specs(
     if config is not None:
         idle = [key for key, _ in config.targets if all(rule != f"targets: {key}" for _, rule in chosen.values())]
         if idle:
-            raise ConfigError(f"targets match no experts: {', '.join(idle)}; experts are {_experts(leaves)}")
+            raise ConfigError(f"targets match no experts or linear layers: {', '.join(idle)}; {_reachable(leaves)}")
     if config is not None:
-        _check_explicit(config, [rule for spec, rule in chosen.values() if spec is not None])
+        _check_explicit(config, [rule for spec, rule in chosen.values() if spec is not None], leaves)
     if config is not None and all(spec is None for spec, _ in chosen.values()):
         deep = [f"{leaf.name} {tuple(leaf.aval.shape)}" for leaf in leaves if leaf.aval.ndim >= 3]
         raise ConfigError(
-            f"quantization reaches no leaf. Of rank 3 and more there are {listed(deep, 'tensor')}. Experts are the "
-            'weights of moe_online.flax.MoE, or leaves whose mapping rule states their axes: {"*.w_in": "E K N"}'
+            f"quantization reaches no leaf; {_reachable(leaves)}. Of rank 3 and more there are "
+            f"{listed(deep, 'tensor')}. Experts are the weights of moe_online.flax.MoE, or leaves whose mapping rule "
+            'states their axes: {"*.w_in": "E K N"}; linear layers are those of moe_online.flax.Linear'
         )
     return chosen
 
 
-def _check_explicit(config: OnlineQuantConfig, rules: Sequence[str]) -> None:
+def _check_explicit(config: OnlineQuantConfig, rules: Sequence[str], leaves: Sequence[Leaf]) -> None:
     """Raises ConfigError where a scheme for one kind of layer reaches none, unless a shorthand brought it along."""
     pair = config.linear, config.moe
     if None in pair or any(pair == (known.linear, known.moe) for known in SHORTHANDS.values()):
         return
-    for kind in ("linear", "moe"):
+    for kind in KINDS:
         if kind not in rules:
             raise ConfigError(
-                f"{kind}={getattr(config, kind)} reaches no {kind} layer that can hold quantized weights; leave it out"
+                f"{kind}={getattr(config, kind)} reaches no {kind} layer that can hold quantized weights; leave it "
+                f"out, or use {KINDS[kind]}: {_reachable(leaves)}"
             )
 
 
-def _experts(leaves: Sequence[Leaf]) -> str:
-    names = list(dict.fromkeys(leaf.layer for leaf in leaves if leaf.layer is not None))
-    return listed(names, "layer")
+def _reachable(leaves: Sequence[Leaf]) -> str:
+    """What a scheme can reach by its kind or by the name of the layer."""
+    names = {kind: list(dict.fromkeys(str(leaf.layer) for leaf in leaves if leaf.kind == kind)) for kind in KINDS}
+    return "the model has " + " and ".join(
+        f"{listed(found, 'layer') if found else 'no layer'} of kind {kind!r}" for kind, found in names.items()
+    )
 
 
 def group_by_pattern(items: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -256,6 +265,22 @@ def _check_dtypes(source: str, targets: Sequence[Target]) -> None:
             f"{source} has a dtype that cannot become the model's in {listed(list(wrong.values()), 'tensor')}. Real "
             "dtypes of 16 bits and more become one another; for any other, declare the leaf with the stored dtype.",
             names=wrong,
+        )
+
+
+def _check_blocks(targets: Sequence[Target]) -> None:
+    """Raises ConfigError where a weight has no whole number of a format's blocks along K."""
+    wrong = []
+    for target in targets:
+        try:
+            if target.format is not None:
+                target.format.check_shape(target.shape)
+        except ValueError as error:
+            wrong.append(f"{target.name} ({error})")
+    if wrong:
+        raise ConfigError(
+            f"quantization does not fit {listed(wrong, 'tensor')}. Choose another format for these layers, or list "
+            "them in `ignore`"
         )
 
 

@@ -48,8 +48,8 @@ def temporary_bytes(shape: tuple[int, ...], fmt: Format | None) -> int:
 
 
 def _rows_of_n(shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
-    """N, and how many elements of one row of axis 0 share an index along it; below rank 3 all do."""
-    n = shape[-2] if len(shape) > 2 else 1
+    """N, and how many elements of one row of axis 0 share an index along it; below rank 3 all do, but for a matrix."""
+    n = shape[-2] if len(shape) > 2 or fmt is not None else 1
     return n, shape[-1] if fmt is not None else math.prod(shape[1:]) // max(n, 1)
 
 
@@ -114,6 +114,19 @@ def quantize_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., t
     return step
 
 
+def matrix_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., tuple[QuantizedArray, Stats]]:
+    """The step of a leaf `[N, K]`: that of one expert."""
+    step = quantize_step(
+        fmt, [PartLayout(permutation=(0, *(axis + 1 for axis in each.permutation)), half=None) for each in layouts]
+    )
+
+    def one(out: QuantizedArray, parts: Sequence[Array], start: Array) -> tuple[QuantizedArray, Stats]:
+        found, stats = step(jax.tree.map(lambda x: x[None], out), [part[None] for part in parts], start)
+        return jax.tree.map(lambda x: x.reshape(x.shape[1:]), found), stats
+
+    return one
+
+
 @dataclasses.dataclass(frozen=True)
 class _Half:
     """The matrices `[N, K]` of all experts of a part, or of one half of it, visited chunk after chunk."""
@@ -150,7 +163,7 @@ class _Half:
         def chunk(carry: Any, x: Array, expert: Array, row: Array) -> Any:
             (out, error, norm), finite = carry
             q = quantize(x, fmt, amax=None if amax is None else amax[expert])
-            at = (self.start + expert, *self.lead)
+            at: tuple[Array | int, ...] = (self.start + expert, *self.lead)
             values = _update(out.values, q.values, (*at, row, 0))
             scales = _update(out.scales, q.scales, (*at, 0, row // (fmt.block[0] or n)))
             second = None if q.global_scale is None else _update(out.global_scale, q.global_scale, at)
@@ -293,7 +306,7 @@ class StepCache:
 
 def _compile(stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
     if isinstance(stored, QuantizedArray):
-        step: Any = quantize_step(stored.format, layouts)
+        step: Any = (matrix_step if stored.ndim == 2 else quantize_step)(stored.format, layouts)
     else:
         step = copy_step(stored, layouts)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, stored)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -27,7 +28,7 @@ class TensorReport:
     source_bytes: int
     stored_bytes: int
     error: float | None  # relative L2 of what quantization changed; None: not quantized
-    worst_expert_error: float | None
+    worst_expert_error: float | None  # None: not quantized, or no experts
     seconds: float  # device time of its units, reading left out
 
 
@@ -69,9 +70,7 @@ class LoadReport:
             table.add_column("chosen by")
         for name, group in group_by_pattern(self.tensors):
             read, stored = sum(t.source_bytes for t in group), sum(t.stored_bytes for t in group)
-            errors = [_percent(max((getattr(t, key) or 0.0) for t in group)) for key in ("error", "worst_expert_error")]
-            if group[0].error is None:
-                errors = ["", ""]
+            errors = [_worst(getattr(t, key) for t in group) for key in ("error", "worst_expert_error")]
             first = group[0]
             rule = [first.rule] if options.max_width >= WIDE else []
             table.add_row(name, human_bytes(read), human_bytes(stored), first.scheme, *errors, *rule)
@@ -97,5 +96,6 @@ class LoadReport:
         figure.savefig(path, dpi=110)
 
 
-def _percent(error: float) -> str:
-    return f"{100 * error:.2f} %"
+def _worst(errors: Iterable[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    return f"{100 * max(known):.2f} %" if known else ""

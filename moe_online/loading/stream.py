@@ -217,7 +217,7 @@ def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
         source_bytes=target.source_bytes(target.shape[0] if target.shape else 1),
         stored_bytes=stored_bytes(target),
         error=float(total) if quantized else None,
-        worst_expert_error=float(each.max(initial=0.0)) if quantized else None,
+        worst_expert_error=float(each.max(initial=0.0)) if quantized and not target.is_matrix else None,
         seconds=leaf.seconds,
     )
 

@@ -9,12 +9,17 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
+from moe_online.dense import DenseKernel
 from moe_online.errors import ConfigError
 from moe_online.experts import ExpertWeights
+from moe_online.flax.linear import QUANTIZABLE
+from moe_online.schemes import LayerKind
 from pallas_kernels import QuantizedArray
 
-WEIGHTS = ("w13_weight", "w2_weight")  # what a scheme quantizes
+KERNEL, KERNEL_AXES = "kernel", "KN"  # of a `moe_online.flax.Linear`, as it is declared
+WEIGHTS = ("w13_weight", "w2_weight", KERNEL)  # what a scheme quantizes
 HALVES = ("gate", "up")  # of the tensors with a gate/up axis
 FIELD_AXES = {  # of the tensors of ExpertWeights: E expert, S gate or up, N output, K contraction
     "w13_weight": "ESNK",
@@ -31,13 +36,20 @@ class Leaf:
 
     name: str
     aval: Any  # ShapeDtypeStruct
-    layer: str | None = None  # the ExpertWeights it belongs to
+    layer: str | None = None  # what it belongs to, if that can be quantized: an ExpertWeights, a Linear
+    kind: LayerKind | None = None  # of that
     field: str | None = None  # its name there
+    axes: str | None = None  # letters of the axes, where they are known
 
-    @property
-    def axes(self) -> str | None:
-        """Letters of the axes, where they are known."""
-        return None if self.field is None else FIELD_AXES[self.field]
+    def transposed(self) -> Leaf:
+        """The kernel `[K, N]` of a dense layer as `[N, K]`, sharded alike: what it is once it is quantized."""
+        k, n = self.aval.shape
+        sharding = self.aval.sharding
+        if isinstance(sharding, NamedSharding):
+            spec = PartitionSpec(*reversed((*sharding.spec, None, None)[:2]))
+            sharding = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+        aval = jax.ShapeDtypeStruct((n, k), self.aval.dtype, sharding=sharding)
+        return dataclasses.replace(self, aval=aval, axes=KERNEL_AXES[::-1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +72,9 @@ def flatten(abstract: Any) -> AbstractTree:
         return AbstractTree(
             leaves=inner.leaves, rebuild=lambda arrays, formats: nnx.merge(graph, inner.rebuild(arrays, formats))
         )
-    nodes, treedef = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=lambda x: isinstance(x, ExpertWeights))
+    nodes, treedef = jax.tree_util.tree_flatten_with_path(
+        abstract, is_leaf=lambda x: isinstance(x, ExpertWeights) or _is_kernel(x)
+    )
     named = [(path_name(path), node) for path, node in nodes]
     leaves = [leaf for name, node in named for leaf in _leaves(name, node)]
     _check(leaves)
@@ -85,20 +99,42 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(keys)
 
 
+def _is_kernel(node: Any) -> bool:
+    """Whether it is the parameter of a `moe_online.flax.Linear` that can be quantized."""
+    return isinstance(node, nnx.Variable) and QUANTIZABLE in node.get_metadata()
+
+
 def _leaves(name: str, node: Any) -> list[Leaf]:
+    if _is_kernel(node):
+        aval = node.get_value()
+        if isinstance(aval, DenseKernel):
+            raise ConfigError(_declared_as_quantized(name))
+        return [
+            Leaf(name=name, aval=aval, layer=name.rpartition(".")[0], kind="linear", field=KERNEL, axes=KERNEL_AXES)
+        ]
     if not isinstance(node, ExpertWeights):
         return [Leaf(name=name, aval=node)]
     leaves = []
     for field in FIELD_AXES:
         value = getattr(node, field)
         if isinstance(value, QuantizedArray):
-            raise ConfigError(f"{_join(name, field)} is declared as quantized; declare it as it is in the checkpoint")
+            raise ConfigError(_declared_as_quantized(_join(name, field)))
         if value is not None:
-            leaves.append(Leaf(name=_join(name, field), aval=value, layer=name, field=field))
+            axes = FIELD_AXES[field]
+            leaves.append(Leaf(name=_join(name, field), aval=value, layer=name, kind="moe", field=field, axes=axes))
     return leaves
 
 
+def _declared_as_quantized(name: str) -> str:
+    return f"{name} is declared as quantized; declare it as it is in the checkpoint"
+
+
 def _filled(name: str, node: Any, arrays: Mapping[str, Any], formats: Mapping[str, Any]) -> Any:
+    if _is_kernel(node):
+        kernel = arrays[name]
+        if isinstance(kernel, QuantizedArray):
+            kernel = DenseKernel(weight=kernel, activation_format=formats.get(name.rpartition(".")[0]))
+        return node.replace(kernel)
     if not isinstance(node, ExpertWeights):
         return arrays[name]
     values = {field: arrays[_join(name, field)] for field in FIELD_AXES if getattr(node, field) is not None}

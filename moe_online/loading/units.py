@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from moe_online.loading.mapping import Part
+from moe_online.loading.mapping import AXES, Part
 from moe_online.loading.memory import bytes_on_devices
 from moe_online.loading.source import Index
 from moe_online.loading.tree import Leaf
@@ -46,6 +46,11 @@ class Target:
     def format(self) -> Format | None:
         """Of the stored weight."""
         return None if self.spec is None else self.spec.weight
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is quantized as one matrix `[N, K]`, and so comes as a whole: scales may span all of it."""
+        return self.format is not None and len(self.shape) == 2
 
     @property
     def scheme(self) -> str:
@@ -89,7 +94,7 @@ class Target:
         axes = self.stored_axes(part)
         if axes is None:
             return tuple(range(len(part.stored.shape)))
-        return tuple(axes.index(letter) for letter in "ESNK" if letter in axes)
+        return tuple(axes.index(letter) for letter in self.leaf.axes or AXES if letter in axes)
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         """The shape that a part must be stored with."""
@@ -156,10 +161,11 @@ def stored_bytes(target: Target) -> int:
 
 
 def cut_units(target: Target, unit_bytes: int) -> Iterator[Unit]:
-    """Cuts a leaf: blocks of whole stored chunks, and units of at least one row within each."""
+    """Cuts a leaf: blocks of whole stored chunks, and units of at least one row, or one matrix, within each."""
     rows = num_rows(target)
-    if rows == 0:
-        yield Unit(target=target, start=0, stop=0, block=(0, 0))
+    if rows == 0 or target.is_matrix:
+        yield Unit(target=target, start=0, stop=rows, block=(0, rows))
+        return
     row_bytes = max(1, target.source_bytes(1))
     chunk = math.lcm(*(_chunk_rows(target, part) for part in target.parts)) if target.shape else 1
     per_unit = max(1, unit_bytes // row_bytes)

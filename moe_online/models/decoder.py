@@ -2,7 +2,8 @@
 
 Attention, normalization, residuals and rotary embedding follow Mixtral, so its Hugging Face weights map one to
 one (a kernel here is the transposed `weight` there). The module holds parameters and nothing else: the KV cache is a
-pytree that goes in and comes out. Parameters may be abstract (`nnx.eval_shape`) until they are loaded.
+pytree that goes in and comes out. Parameters may be abstract (`nnx.eval_shape`) until they are loaded. Loading can
+quantize the experts and the four projections of attention; embedding, norms, routers and the lm head stay as they are.
 
 Letters: B sequences, S tokens of each, C positions of the cache, N query heads, G key and value heads, D head size.
 
@@ -25,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_online.config import MoEConfig
 from moe_online.errors import ConfigError
+from moe_online.flax.linear import Linear
 from moe_online.flax.nnx import MoE, init_kernel
 from pallas_kernels import Activation
 
@@ -173,7 +175,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike):
         linear = functools.partial(
-            nnx.Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, kernel_init=init_kernel, rngs=rngs
+            Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, kernel_init=init_kernel, rngs=rngs
         )
         features, kv_features = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
         self.q_proj = linear(config.hidden_size, features)

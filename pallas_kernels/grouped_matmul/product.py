@@ -39,7 +39,7 @@ class Operand(NamedTuple):
 
 
 def operand(x: jax.Array | QuantizedArray) -> Operand:
-    """`x` `[rows, K]` with its scales spread over the rows; values of 8 bits with scales in f32 stay as they are stored."""
+    """`x` `[rows, K]`, its scales spread over the rows; values of 8 bits with scales in f32 stay as they are stored."""
     rows, k = x.shape
     if not isinstance(x, QuantizedArray):
         return Operand(x, None, k)
@@ -57,7 +57,7 @@ def operand_dtype(x: jax.Array | QuantizedArray) -> np.dtype[Any]:
         return np.dtype(x.dtype)
     if x.format.exact_in_bf16:
         return np.dtype(jnp.bfloat16)
-    return np.dtype(np.int8) if x.format.codes_per_element == 2 else x.dtype
+    return np.dtype(np.int8 if x.format.codes_per_element == 2 else x.dtype)
 
 
 def spread_rows(scales: jax.Array, block_rows: int | None, rows: int) -> Float[Array, "*batch blocks rows"]:

@@ -154,15 +154,13 @@ def _expert(rhs: jax.Array | QuantizedArray, expert: jax.Array, *, in_blocks: bo
         values = take(values, (expert, zero, zero), (1, rows, width))[0]
     if not isinstance(rhs, QuantizedArray):
         return Operand(values.astype(dtype), None, k) if not in_blocks else Operand(values, None, k, expert)
-    scales, second = (
-        None if part is None else lax.dynamic_index_in_dim(part, expert, keepdims=False)
-        for part in (rhs.scales, rhs.global_scale)
-    )
-    scales = spread_rows(scales, rhs.format.block[0], n)
+    scales = spread_rows(lax.dynamic_index_in_dim(rhs.scales, expert, keepdims=False), rhs.format.block[0], n)
     if halves:
         scales = jnp.swapaxes(scales, 0, 1)
-        second = None if second is None else jnp.repeat(second, n)
     scales = scales.reshape(-1, rows)
+    second = rhs.global_scale
+    if second is not None:
+        second = jnp.repeat(lax.dynamic_index_in_dim(second, expert, keepdims=False).reshape(-1), n)
     if at_once:
         one = operand(QuantizedArray(values=values, scales=scales, global_scale=second, format=rhs.format))
         return one._replace(values=one.values.astype(dtype))

@@ -23,8 +23,8 @@ def quantize(
     """Quantizes the last two axes of `x`; every leading index gets its own scales.
 
     A weight's codes and scales are the same bits on every backend, jitted or not, and for every mesh. Magnitudes
-    below 2**-126 count as zero. Where a format allows that blocks reach past the end, they are filled with zeros for their
-    scale and cropped.
+    below 2**-126 count as zero. Where a format allows that blocks reach past the end, they are filled with zeros for
+    their scale and cropped.
 
     Args:
       x: bf16, f16 or f32, `[..., N, K]`; for activations `[T, K]`. K is the contraction axis. Must be finite for

@@ -9,6 +9,8 @@ into a fused multiply-add changes nothing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 _MANTISSA = np.uint32(0x007FFFFF)
+_EXPONENT = np.uint32(0x7F800000)
 _ONE = np.uint32(0x3F800000)
 _SIGN = np.uint32(0x80000000)
 _HIGH_HALF = np.uint32(0xFFFFF000)  # 12 significant bits stay
@@ -51,6 +54,40 @@ def quotient(x: Float[Array, "*shape"], scale: Float[Array, "*#shape"]) -> Float
     q = _from_bits(lax.bitcast_convert_type(q, jnp.uint32) | (x_bits & _SIGN))
     q = jnp.where(jnp.abs(x) < np.finfo(np.float32).tiny, jnp.zeros_like(q), q)
     return jnp.where(jnp.isfinite(x) & jnp.isfinite(scale), q, jnp.full_like(q, jnp.nan))
+
+
+class Divisor(NamedTuple):
+    """What is shared by all quotients with the same divisor: each field may be spread over them."""
+
+    mantissa: jax.Array  # n in [1, 2)
+    reciprocal: jax.Array  # of n, within a few units in the last place
+    power: jax.Array  # 2**-exponent, so that scale * power = n
+
+
+def divisor(scale: Float[Array, "*shape"]) -> Divisor:
+    """Of a positive, finite and normal f32 `scale` below 2**127; NaN and infinity stay NaN."""
+    bits = lax.bitcast_convert_type(scale, jnp.uint32)
+    mantissa = _from_bits((bits & _MANTISSA) | _ONE)
+    power = _power_of_two(-(_exponent(bits) - 127))
+    power = jnp.where(jnp.isfinite(scale), power, np.float32(np.nan))
+    # The barrier keeps them from being computed anew for every element.
+    return Divisor(*lax.optimization_barrier((mantissa, _divide(jnp.ones_like(mantissa), mantissa), power)))
+
+
+def divide(x: Float[Array, "*shape"], by: Divisor) -> Float[Array, "*shape"]:
+    """`quotient(x, scale)`, without a division per element.
+
+    Markstein's scheme (IBM J. Res. Dev. 34, 1990) with exact residuals in the place of fused multiply-adds.
+    """
+    m, n = x * by.power, by.mantissa
+    q = m * by.reciprocal
+    q = q + _residual(m, n, q) * by.reciprocal
+    magnitude = lax.bitcast_convert_type(q, jnp.uint32) & _EXPONENT
+    unit = _from_bits(magnitude) * np.float32(2**-23)
+    residual, half = _residual(m, n, q), n * (unit * np.float32(0.5))
+    step = (residual > half).astype(jnp.float32) - (residual < -half).astype(jnp.float32)
+    bits = lax.bitcast_convert_type(q + step * unit, jnp.uint32)  # of a zero the sums lose the sign
+    return _from_bits(bits | (lax.bitcast_convert_type(x, jnp.uint32) & _SIGN))
 
 
 def _divide(m: jax.Array, n: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import codes
 from pallas_kernels.formats import E4M3_MAX, SMALLEST_NORMAL, Format, QuantizedArray
-from pallas_kernels.quantize.quotient import quotient
+from pallas_kernels.quantize.quotient import Divisor, divide, divisor, quotient
 
 AxisNames = tuple[str, ...]
 _MANTISSA, _INFINITY = 0x007FFFFF, 0x7F800000  # bits of f32
@@ -51,7 +51,7 @@ def _linear(x: jax.Array, fmt: Format, amax: jax.Array) -> QuantizedArray:
         scales = jnp.where(amax == 0, np.float32(fmt.zero_scale), scales)
     match fmt.arithmetic:
         case "divide":
-            units = quotient(x, _spread(scales, x, fmt.block))
+            units = divide(x, Divisor(*(_spread(part, x, fmt.block) for part in divisor(scales))))
         case "reciprocal":
             units = x * _spread(quotient(jnp.ones_like(scales), scales), x, fmt.block)
         case _:

@@ -82,7 +82,10 @@ def assert_memory(rows):
 
 def test_all_schemes_without_their_aliases():
     assert comparison.schemes(everything=False) == list(SCHEMES)
-    assert comparison.schemes(everything=True) == [*SCHEMES, "fp8_w8a16", "int8_w8a8"]
+    assert comparison.schemes(everything=True) == [
+        *(*SCHEMES, "fp8_per_tensor", "fp8_w8a16", "int8_w8a8", "mxfp8", "mxfp4"),
+        *("nvfp4_per_token", "int4_w4a16", "mxfp4_w4a16", "nvfp4_w4a16"),
+    ]
 
 
 @pytest.fixture

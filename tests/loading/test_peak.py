@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import moe_online
+from by_name import by_name
 from moe_online.errors import MemoryBudgetError
 from moe_online.loading import open_source, quantizer
 from moe_online.loading.quantizer import PartLayout, temporary_bytes
@@ -135,8 +136,8 @@ CASES = [  # leaf, E K N halves
     ((8, 2, 256, 512), False),
     ((8, 2, 256, 512), True),
     ((4, 512, 256), False),
-    ((2, 300, 4000), False),
-    ((3, 2, 129, 1000), True),
+    ((2, 300, 4096), False),
+    ((3, 2, 129, 1024), True),
 ]
 
 
@@ -144,7 +145,7 @@ CASES = [  # leaf, E K N halves
 @pytest.mark.parametrize(("shape", "apart"), CASES, ids=str)
 def test_temporaries_of_a_step(shape, apart, weight):
     """What XLA reserves for a compiled step is within what the plan counts."""
-    fmt = QuantSpec(weight, None).weight
+    fmt = None if weight is None else by_name(weight)
     found = step_memory(shape, apart, fmt)
     assert found <= temporary_bytes(shape, fmt), f"{found=}"
     assert temporary_bytes(shape, fmt) <= CHUNK
@@ -163,8 +164,12 @@ def step_memory(shape, apart, fmt, dtype=BF16):
 
     stored = aval(shape, BF16)
     if fmt is not None:
+        second = fmt.global_shape(shape)
         stored = QuantizedArray(
-            values=aval(shape, fmt.storage), scales=aval(fmt.scales_shape(shape), np.float32), format=fmt
+            values=aval(fmt.values_shape(shape), fmt.storage),
+            scales=aval(fmt.scales_shape(shape), fmt.scale_dtype),
+            global_scale=None if second is None else aval(second, np.float32),
+            format=fmt,
         )
     if apart:
         e, _, n, k = shape

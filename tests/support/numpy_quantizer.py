@@ -35,8 +35,8 @@ PACKED = tuple(name for name in BLOCKS if "4" in name)  # two codes to a byte
 def quantize_numpy(x, name, shared_axes=()):
     """`(codes, scales)` of `x` `[..., N, K]` (bf16, f16 or f32), for nvfp4 also the second-level scales.
 
-    Codes are `[..., N, K]`, or `[..., N, K / 2]` bytes; scales `[..., K blocks, N blocks]`. Scales of whole matrices are
-    shared over `shared_axes`.
+    Codes are `[..., N, K]`, or `[..., N, K / 2]` bytes; scales `[..., K blocks, N blocks]`. Scales of whole matrices
+    are shared over `shared_axes`.
     """
     x = np.asarray(x).astype(np.float32)
     x = np.where(np.abs(x) < TINY, np.float32(0), x)

@@ -113,7 +113,7 @@ def test_a_scale_shared_by_gate_and_up(name, dtype):
     assert not np.array_equal(jax.tree.leaves(jitted(x, name))[-1], jax.tree.leaves(q)[-1])
     parts = [jitted(x[:, half], name, amax=jnp.max(matrix_amax(jnp.asarray(x)), axis=1)) for half in (0, 1)]
     assert_same_bits(np.stack([part.values for part in parts], axis=1), q.values)  # a part, told the whole's maximum
-    with pytest.raises(ValueError, match="amax.shape=.* must be"):
+    with pytest.raises(ValueError, match=r"amax.shape=.* must be"):
         quantize(jnp.asarray(x), name, amax=jnp.ones(3))
     with pytest.raises(ValueError, match="a format with a scale of the whole"):
         quantize(jnp.asarray(x), "fp8_per_block", amax=jnp.ones((3, 2)))
