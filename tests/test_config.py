@@ -113,7 +113,7 @@ def test_a_config_overrides_the_shorthand_field_by_field():
             "fp8_per_block",
             "targets cannot stand beside linear or moe (a shorthand",
         ),
-        ("mxfp4", None, "unknown quantization scheme 'mxfp4'; valid names: experts_int8, fp8_per_block"),
+        ("int3", None, "unknown quantization scheme 'int3'; valid names: experts_int8, fp8_per_block"),
         (
             "int8_per_channel",
             None,
@@ -133,7 +133,7 @@ def test_a_config_overrides_the_shorthand_field_by_field():
         ({"moe": "fp8_per_block", "ignore": ["re:(x"]}, None, "pattern 're:(x' is no regular expression: missing )"),
         ({"targets": {"re:[": "fp8_per_block"}}, None, "pattern 're:[' is no regular expression"),
         ({"targets": {3: "fp8_per_block"}}, None, "a pattern in ignore or targets is a string, not int (3)"),
-        ({"targets": {"x": "mxfp8"}}, None, "unknown quantization scheme 'mxfp8'"),
+        ({"targets": {"x": "int3"}}, None, "unknown quantization scheme 'int3'"),
     ],
 )
 def test_parse_refuses(config, shorthand, message):

@@ -10,10 +10,11 @@ from moe_online.schemes import DEFAULT_ACTIVATIONS, FORMAT_ALIASES, SHORTHANDS, 
 from pallas_kernels import get_format
 from pallas_kernels.formats import FORMATS
 
-LATER = ["fp8_per_tensor", "mxfp8", "mxfp4", "nvfp4", "nvfp4_per_token", "int4_w4a16", "mxfp4_w4a16", "fp8"]
+UNKNOWN = ["fp8", "int4", "fp8_per_token", "bf16"]
 
 # name: (weight, activation, whether linear layers get it too)
 TABLE = {
+    "fp8_per_tensor": ("fp8_per_tensor", "fp8_per_tensor_dynamic", True),
     "fp8_per_channel": ("fp8_per_channel", "fp8_per_token", True),
     "fp8_per_block": ("fp8_per_block", "fp8_per_group", True),
     "fp8_w8a16": ("fp8_per_channel", None, True),
@@ -21,6 +22,12 @@ TABLE = {
     "int8_w8a16": ("int8_per_channel", None, True),
     "int8_per_channel_weight_only": ("int8_per_channel", None, False),
     "experts_int8": ("int8_per_channel", None, False),
+    "mxfp8": ("mxfp8", "mxfp8", True),
+    "mxfp4": ("mxfp4", "mxfp4", True),
+    "nvfp4_per_token": ("nvfp4", "nvfp4_per_token", False),
+    "int4_w4a16": ("int4_per_group", None, True),
+    "mxfp4_w4a16": ("mxfp4", None, True),
+    "nvfp4_w4a16": ("nvfp4", None, True),
 }
 
 
@@ -48,6 +55,7 @@ def test_aliases_name_present_formats():
     assert QuantSpec("fp8_per_block_static", "fp8_per_block_dynamic") == QuantSpec("fp8_per_block", "fp8_per_group")
     assert QuantSpec("fp8_per_channel_static", None) == QuantSpec("fp8_per_channel", None)
     assert parse_scheme("int8_per_channel_static") == QuantSpec("int8_per_channel", None)
+    assert parse_scheme("fp8_per_tensor_static") == parse_scheme("fp8_per_tensor")
 
 
 def test_spec_takes_names_and_formats():
@@ -64,7 +72,7 @@ def test_spec_prints():
     assert repr(QuantSpec("int8_per_channel", None)) == "QuantSpec(weight='int8_per_channel', activation=None)"
 
 
-@pytest.mark.parametrize("unknown", LATER)
+@pytest.mark.parametrize("unknown", UNKNOWN)
 def test_unknown_names_are_refused_with_the_valid_ones(unknown):
     with pytest.raises(ConfigError, match=rf"unknown quantization scheme '{unknown}'; valid names: experts_int8, fp8_"):
         parse_scheme(unknown)
@@ -73,8 +81,8 @@ def test_unknown_names_are_refused_with_the_valid_ones(unknown):
 @pytest.mark.parametrize(
     ("weight", "activation", "message"),
     [
-        ("mxfp4", None, "unknown weight format 'mxfp4'; valid names: fp8_per_block, fp8_per_channel, int8_per_channel"),
-        ("fp8_per_block", "int4", "unknown activation format 'int4'; valid names: fp8_per_group, fp8_per_token, int8_"),
+        ("int3", None, "unknown weight format 'int3'; valid names: fp8_per_block, fp8_per_channel, fp8_per_tensor, int4"),
+        ("fp8_per_block", "int4", "unknown activation format 'int4'; valid names: fp8_per_group, fp8_per_tensor_dynamic"),
         ("fp8_per_token", None, "'fp8_per_token' is no weight format"),
         ("fp8_per_block", "fp8_per_block", "'fp8_per_block' is no activation format"),
         (get_format("fp8_per_token"), None, "'fp8_per_token' is no weight format"),
@@ -108,7 +116,7 @@ def test_fields():
 
 
 def test_fields_without_a_weight_or_with_another_key_are_refused():
-    with pytest.raises(ConfigError, match=r"has no weight format; valid names: fp8_per_block, fp8_per_channel, int8"):
+    with pytest.raises(ConfigError, match=r"has no weight format; valid names: fp8_per_block, fp8_per_channel, fp8_"):
         parse_scheme({"activation": "fp8_per_token"})
     with pytest.raises(ConfigError, match="has no weight format"):
         parse_scheme({"weight": None}, base=QuantSpec("fp8_per_block", None))
