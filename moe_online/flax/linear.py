@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,38 +11,19 @@ from jaxtyping import Array, Float
 from moe_online.dense import DenseKernel
 from pallas_kernels import matmul
 
-QUANTIZABLE = "quantizable"  # metadata of a parameter: it is a kernel [K, N] that the loader may quantize
-
 
 class Linear(nnx.Linear):
     """`nnx.Linear`, whose kernel `moe_online.load` can quantize: `linear(x) -> y`, `[..., K]` to `[..., N]`.
 
-    Arguments and parameters are those of `nnx.Linear`, and until it is quantized it computes the same. Made inside
-    `nnx.eval_shape` it is only declared. A kernel that was loaded with a scheme is a `moe_online.dense.DenseKernel`
-    `[N, K]`; sums are then in f32 and rounded once, after the bias, to the dtype that `nnx.Linear` would return, and
-    `precision`, `dot_general` and `preferred_element_type` have no effect.
-
-    Args:
-      in_features: K.
-      out_features: N.
-      kernel_metadata: As `nnx.Linear` takes it.
-      **options: All others of `nnx.Linear`: `rngs`, `use_bias`, `dtype`, `param_dtype`, `kernel_init`, ...
+    Arguments and parameters are those of `nnx.Linear`, `in_features` K and `out_features` N, and until it is quantized
+    it computes the same. Made inside `nnx.eval_shape` it is only declared. A kernel that was loaded with a scheme is a
+    `moe_online.dense.DenseKernel` `[N, K]`; sums are then in f32 and rounded once, after the bias, to the dtype that
+    `nnx.Linear` would return, and `precision`, `dot_general` and `preferred_element_type` have no effect.
 
     >>> linear = nnx.eval_shape(lambda: Linear(4096, 1024, use_bias=False, rngs=nnx.Rngs(0)))
     >>> linear.kernel.shape
     (4096, 1024)
     """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        kernel_metadata: Mapping[str, Any] = MappingProxyType({}),
-        **options: Any,
-    ):
-        marked = {**kernel_metadata, QUANTIZABLE: True}
-        super().__init__(in_features, out_features, kernel_metadata=marked, **options)
 
     def __call__(self, inputs: Float[Array, "*batch K"], out_sharding: Any = None) -> Float[Array, "*batch N"]:
         """Returns `inputs @ kernel + bias`.

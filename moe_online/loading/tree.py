@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from moe_online.dense import DenseKernel
 from moe_online.errors import ConfigError
 from moe_online.experts import ExpertWeights
-from moe_online.flax.linear import QUANTIZABLE
+from moe_online.flax.linear import Linear
 from moe_online.schemes import LayerKind
 from pallas_kernels import QuantizedArray
 
@@ -66,17 +66,23 @@ def flatten(abstract: Any) -> AbstractTree:
     Raises:
       ConfigError: no leaf, or one that is no `ShapeDtypeStruct`; `expert_map` alone may be an array, and is kept.
     """
-    if isinstance(abstract, nnx.Module):
-        graph, state = nnx.split(abstract)
-        inner = flatten(state)
-        return AbstractTree(
-            leaves=inner.leaves, rebuild=lambda arrays, formats: nnx.merge(graph, inner.rebuild(arrays, formats))
-        )
+    if not isinstance(abstract, nnx.Module):
+        return _flatten(abstract, frozenset())
+    graph, state = nnx.split(abstract)
+    linear = {".".join(map(str, path)) for path, node in nnx.iter_graph(abstract) if isinstance(node, Linear)}
+    inner = _flatten(state, linear)
+    return AbstractTree(
+        leaves=inner.leaves, rebuild=lambda arrays, formats: nnx.merge(graph, inner.rebuild(arrays, formats))
+    )
+
+
+def _flatten(abstract: Any, linear: Collection[str]) -> AbstractTree:
+    """Of a pytree; `linear` names the dense layers in it that can be quantized."""
     nodes, treedef = jax.tree_util.tree_flatten_with_path(
-        abstract, is_leaf=lambda x: isinstance(x, ExpertWeights) or _is_kernel(x)
+        abstract, is_leaf=lambda x: isinstance(x, ExpertWeights | DenseKernel)
     )
     named = [(path_name(path), node) for path, node in nodes]
-    leaves = [leaf for name, node in named for leaf in _leaves(name, node)]
+    leaves = [leaf for name, node in named for leaf in _leaves(name, node, linear)]
     _check(leaves)
 
     def rebuild(arrays: Mapping[str, Any], formats: Mapping[str, Any]) -> Any:
@@ -99,19 +105,12 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(keys)
 
 
-def _is_kernel(node: Any) -> bool:
-    """Whether it is the parameter of a `moe_online.flax.Linear` that can be quantized."""
-    return isinstance(node, nnx.Variable) and QUANTIZABLE in node.get_metadata()
-
-
-def _leaves(name: str, node: Any) -> list[Leaf]:
-    if _is_kernel(node):
-        aval = node.get_value()
-        if isinstance(aval, DenseKernel):
-            raise ConfigError(_declared_as_quantized(name))
-        return [
-            Leaf(name=name, aval=aval, layer=name.rpartition(".")[0], kind="linear", field=KERNEL, axes=KERNEL_AXES)
-        ]
+def _leaves(name: str, node: Any, linear: Collection[str]) -> list[Leaf]:
+    if isinstance(node, DenseKernel):
+        raise ConfigError(_declared_as_quantized(name))
+    layer, _, field = name.rpartition(".")
+    if field == KERNEL and layer in linear:
+        return [Leaf(name=name, aval=node, layer=layer, kind="linear", field=field, axes=KERNEL_AXES)]
     if not isinstance(node, ExpertWeights):
         return [Leaf(name=name, aval=node)]
     leaves = []
@@ -130,11 +129,9 @@ def _declared_as_quantized(name: str) -> str:
 
 
 def _filled(name: str, node: Any, arrays: Mapping[str, Any], formats: Mapping[str, Any]) -> Any:
-    if _is_kernel(node):
-        kernel = arrays[name]
-        if isinstance(kernel, QuantizedArray):
-            kernel = DenseKernel(weight=kernel, activation_format=formats.get(name.rpartition(".")[0]))
-        return node.replace(kernel)
+    layer, _, field = name.rpartition(".")
+    if field == KERNEL and layer in formats:
+        return DenseKernel(weight=arrays[name], activation_format=formats[layer])
     if not isinstance(node, ExpertWeights):
         return arrays[name]
     values = {field: arrays[_join(name, field)] for field in FIELD_AXES if getattr(node, field) is not None}

@@ -180,7 +180,8 @@ def test_limits_are_whole_numbers(limits):
 
 def test_a_target_that_matches_nothing():
     config = {"targets": {"l0": "fp8_per_block", "layerz.*": "fp8_per_block"}}
-    assert_refused("targets match no experts or linear layers: layerz", source=as_ken(TREE), mapping=KEN_MAPPING, quantization=config)
+    says = "targets match no experts or linear layers: layerz"
+    assert_refused(says, source=as_ken(TREE), mapping=KEN_MAPPING, quantization=config)
 
 
 def test_a_mapping_is_a_dict_of_strings():
