@@ -60,6 +60,34 @@ check_quantized(params, tree, "fp8_per_block")
 assert len(params["l0"].w13_weight.values.sharding.device_set) == 4
 print(json.dumps(rows))
 """
+KERNELS = """
+from flax import nnx
+
+from by_name import assert_same_parts, by_name
+from moe_online.flax import Linear
+from moe_online.schemes import QuantSpec
+from numpy_quantizer import quantize_numpy
+from sources import BF16, random, swapped
+
+k, n = 256, 512
+source = {"kernel": random(k, n)}
+for weight in ("fp8_per_block", "fp8_per_tensor", "nvfp4", None):
+    for spec in (PartitionSpec(None, "tensor"), PartitionSpec("tensor"), PartitionSpec("expert", "tensor"), None):
+        abstract = nnx.eval_shape(lambda: Linear(k, n, use_bias=False, rngs=nnx.Rngs(0)))
+        if spec is not None:
+            sharding = NamedSharding(mesh, spec)
+            abstract.kernel.set_value(jax.ShapeDtypeStruct((k, n), BF16, sharding=sharding))
+        config = None if weight is None else {"linear": QuantSpec(weight, None)}
+        kernel = quiet_load(abstract, source, quantization=config, mesh=mesh).params.kernel.get_value()
+        spec = PartitionSpec(*spec, *[None] * (2 - len(spec))) if spec is not None else PartitionSpec(None, None)
+        if weight is None:
+            assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+            continue
+        transposed = NamedSharding(mesh, PartitionSpec(*reversed(spec)))
+        assert kernel.weight.values.sharding.is_equivalent_to(transposed, 2)
+        assert_same_parts(kernel.weight, quantize_numpy(swapped(source["kernel"]), weight))
+print(json.dumps(None))
+"""
 ERRORS = """
 found = []
 
@@ -101,6 +129,10 @@ def run(code, request):
 def test_bits_and_places(request):
     for resident, peak, planned in run(BITS, request):
         assert resident <= peak <= planned
+
+
+def test_dense_kernels_are_transposed_with_their_shardings(request):
+    run(KERNELS, request)
 
 
 def test_shards_that_do_not_fit(request):

@@ -74,7 +74,7 @@ def test_bits_are_those_of_numpy(weight, dtype):
     stored = random(k, n, dtype=dtype)
     kernel = quiet_load(one(k, n), {"kernel": stored}, quantization=only(weight)).params.kernel.get_value()
     check_kernel(kernel, stored, weight)  # of the stored dtype, though the layer is declared as bf16
-    stored[5, 7] *= 2
+    stored[:, 7] *= 2
     with pytest.raises(AssertionError):
         check_kernel(kernel, stored, weight)
 
@@ -119,9 +119,12 @@ def test_a_checkpoint_of_plain_nnx_needs_no_mapping(tmp_path):
     assert isinstance(abstract.kernel.get_value(), jax.ShapeDtypeStruct)  # the declaration is as it was
 
 
-def rules(quantization):
-    report = quiet_load(declared(), SOURCE, quantization=quantization).report
-    facts = {tensor.name: (tensor.scheme, tensor.rule) for tensor in report.tensors}
+def rules(quantization, function=moe_online.plan):
+    found = function(declared(), SOURCE, quantization=quantization)
+    facts = {
+        tensor.name: (tensor.scheme, tensor.rule)
+        for tensor in (found.targets if function is moe_online.plan else found.report.tensors)
+    }
     never = {"up.bias", "plain.kernel", "plain.bias", "norm.scale", "moe.router.kernel"}
     assert {facts.pop(name) for name in never} == {("bfloat16", "dense")}
     return facts
@@ -132,13 +135,13 @@ EXPERTS = ("moe.experts.w13_weight", "moe.experts.w2_weight")
 
 
 @pytest.mark.smoke
-def test_rules_in_the_report():
+def test_rules_in_the_plan_and_the_report():
     def facts(up, down, experts):
         return {"up.kernel": up, "down.kernel": down} | dict.fromkeys(EXPERTS, experts)
 
     linear, moe = (INT8, "linear"), (BLOCK, "moe")
     both = {"linear": "int8_w8a16", "moe": "fp8_per_block"}
-    assert rules(both) == facts(linear, linear, moe)
+    assert rules(both) == rules(both, quiet_load) == facts(linear, linear, moe)
     assert rules({"linear": "int8_w8a16"}) == facts(linear, linear, (KEPT, "no moe scheme"))
     assert rules("fp8_per_block") == facts((BLOCK, "linear"), (BLOCK, "linear"), moe)
     assert rules("experts_int8") == facts(*[(KEPT, "no linear scheme")] * 2, (INT8, "moe"))
@@ -214,7 +217,7 @@ def test_a_block_that_does_not_divide():
 
 def test_a_kernel_that_is_declared_as_quantized():
     loaded = quiet_load(declared(), SOURCE, quantization={"linear": "fp8_per_block"}).params
-    refused("up.kernel is declared as quantized", "checkpoint", abstract=nnx.eval_shape(lambda: loaded))
+    refused("down.kernel is declared as quantized", "checkpoint", abstract=nnx.eval_shape(lambda: loaded))
 
 
 @pytest.mark.parametrize("quantization", [None, {"linear": "fp8_per_block"}])
@@ -234,11 +237,11 @@ def test_another_shape(quantization):
 
 
 class Tower(nnx.Module):
-    """Eight kernels of 512 kB."""
+    """Six kernels of 4 and 2 MiB."""
 
     def __init__(self, *, rngs):
         options = {"use_bias": False, "param_dtype": jnp.bfloat16, "rngs": rngs}
-        self.layers = nnx.List(Linear(*sizes, **options) for _ in range(4) for sizes in ((256, 1024), (1024, 256)))
+        self.layers = nnx.List(Linear(*sizes, **options) for _ in range(3) for sizes in ((512, 4096), (256, 4096)))
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2])
@@ -247,14 +250,14 @@ def test_measured_peak_is_within_the_plan(monkeypatch, scheme, prefetch):
     monkeypatch.setattr(quantizer, "CHUNK_ELEMENTS", 2**13)  # so that temporaries hide nothing
     abstract = nnx.eval_shape(lambda: Tower(rngs=nnx.Rngs(0)))
     zeros = jax.tree.map(lambda leaf: np.ones(leaf.shape, BF16), nnx.to_pure_dict(nnx.state(abstract)))
-    arguments = {"prefetch": prefetch, "quantization": scheme and {"linear": scheme}, "unit_bytes": 2**19}
+    arguments = {"prefetch": prefetch, "quantization": scheme and {"linear": scheme}, "unit_bytes": 2**20}
     plan = moe_online.plan(abstract, zeros, **arguments)
     params, report = quiet_load(abstract, zeros, **arguments)
     assert report.resident_bytes == plan.resident_bytes == sum(x.nbytes for x in jax.tree.leaves(nnx.state(params)))
     assert report.resident_bytes <= report.peak_bytes <= plan.peak_bytes == report.planned_peak_bytes
-    assert plan.largest_unit_bytes == 2**19
-    assert plan.peak_bytes - plan.resident_bytes < (1 + prefetch) * 2**19 + 2**18 + 2**17  # no slack to hide in
-    assert report.compiled_steps == 2  # one for each shape
+    assert plan.largest_unit_bytes == (2**20 if scheme is None else 2**22)  # a matrix is the least
+    assert plan.peak_bytes - plan.resident_bytes < (1 + prefetch) * plan.largest_unit_bytes + 2**21  # hides none
+    assert report.compiled_steps == 2  # one for each size
     assert not plan.coarse_tensors
 
 
@@ -269,4 +272,4 @@ def test_temporaries_of_a_step(monkeypatch, weight, order):
     stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored)
     part = jax.ShapeDtypeStruct(tuple((n, k)[axis] for axis in order), BF16, sharding=sharding)
     step = quantizer.StepCache().get(stored, (PartLayout(permutation=order, half=None),), [part])
-    assert step.temporary_bytes <= temporary_bytes((n, k), fmt) < 2**21 < n * k * 2
+    assert step.temporary_bytes <= temporary_bytes((n, k), fmt) < part.size * 2
