@@ -97,7 +97,7 @@ def _schemes(names: str, path: str) -> tuple[list[str], list[str]]:
     for name in chosen:
         try:
             models.plan(path, quantization=comparison.spec_of(name))
-        except ValueError as error:
+        except ConfigError as error:
             refused[name] = f"{name}: {error}"
     if refused and names != ALL:
         raise ConfigError("; ".join(refused.values()))
