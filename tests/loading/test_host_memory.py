@@ -1,6 +1,7 @@
 """Memory of the process while a chunked checkpoint streams in, measured from outside the loader."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -74,7 +75,9 @@ def measured(path, keep, support):
     sizes = [str(size) for size in (E, H, INNER, LAYERS)]
     code = f"import sys; sys.path.insert(0, {str(support)!r})\n{LOAD}"
     command = [sys.executable, "-c", code, str(path), "keep" if keep else "free", *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # Large blocks go back to the system when they are freed: what glibc keeps varied by 120 MB from run to run.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -90,9 +93,8 @@ def check_growth(found):
 
 
 def test_process_stays_within_the_plan(checkpoint, request):
-    support = request.config.rootpath / "tests" / "support"
-    # The least of three: pages that malloc keeps after a free count as well, more of them on a busy machine.
-    check_growth(min((measured(checkpoint, False, support) for _ in range(3)), key=lambda found: found["growth"]))
+    found = measured(checkpoint, False, request.config.rootpath / "tests" / "support")
+    check_growth(found)
 
 
 def test_a_host_copy_that_stays_is_noticed(checkpoint, request):
