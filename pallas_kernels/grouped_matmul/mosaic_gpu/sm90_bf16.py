@@ -8,7 +8,7 @@ loads them and stores its own. Technique: DeepSeek-V3 (arXiv:2412.19437) 3.3 and
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,112 +104,137 @@ def _kernel(
     num_programs: int,
     epilogue: Activation | None,
 ) -> None:
-    bm, bk, stages = config.block_m, config.block_k, config.stages
-    n_out, k_steps = out_gmem.shape[1], rhs_gmem.shape[2] // bk
-    bn = config.block_n if epilogue is None else config.block_n // 2  # columns of the output per tile
-    wn = config.warpgroup_n if epilogue is None else config.warpgroup_n // 2  # and per warpgroup
     program, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    k_steps = rhs_gmem.shape[2] // config.block_k
+    work = _Work(tiles_gmem, out_gmem.shape[1], k_steps, config, program, num_programs, epilogue)
+    store = _Epilogue(work, bias_gmem, out_gmem, out_smem, warpgroup)
+    lax.cond(
+        warpgroup == COMPUTE_WARPGROUPS,
+        functools.partial(_load, work, lhs_gmem, rhs_gmem, lhs_smem, rhs_smem, loaded, consumed),
+        functools.partial(_multiply, work, lhs_smem, rhs_smem, loaded, consumed, store),
+    )
 
-    # 1. work: this block's tiles are `program`, `program + num_programs`, ... of all (row tile, column tile) pairs
-    num_tiles, n_tiles = tiles_gmem[NUM_TILES, 0], pl.cdiv(n_out, bn)
-    mine = (num_tiles * n_tiles - program + num_programs - 1) // num_programs
 
-    def tile_at(i: jax.Array) -> tuple[jax.Array, ...]:
-        """Expert, first row loaded, first and last row owned, first column, steps along K."""
-        ti, ni = _in_bands(program + i * num_programs, num_tiles, n_tiles, config.band)
-        expert, row, first, last = (tiles_gmem[field, ti] for field in (EXPERT, ROW, FIRST, LAST))
-        steps = jnp.where(expert >= 0, jnp.int32(k_steps), jnp.int32(0))
-        return expert, pl.multiple_of(row, ALIGNMENT), first, last, ni * bn, steps
+class _Work:
+    """A block's tiles: `program`, `program + num_programs`, ... of all (row tile, column tile) pairs."""
 
-    # 2. main loop: loads run ahead of the products by up to `stages` steps, also from tile to tile
-    def load() -> None:
-        plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+    def __init__(
+        self,
+        tiles_gmem: Any,
+        n_out: int,
+        k_steps: int,
+        config: MosaicGpuConfig,
+        program: jax.Array,
+        num_programs: int,
+        epilogue: Activation | None,
+    ):
+        self.config, self.epilogue, self.n_out = config, epilogue, n_out
+        halves = 1 if epilogue is None else 2
+        self.block_n = config.block_n // halves  # columns of the output per tile
+        self.warpgroup_n = config.warpgroup_n // halves  # and per warpgroup
+        self._tiles_gmem, self._k_steps = tiles_gmem, k_steps
+        self._program, self._num_programs = program, num_programs
+        self._num_tiles, self._n_tiles = tiles_gmem[NUM_TILES, 0], pl.cdiv(n_out, self.block_n)
+        self.num_tiles = (self._num_tiles * self._n_tiles - program + num_programs - 1) // num_programs
 
-        def load_tile(i: jax.Array, step: jax.Array) -> jax.Array:
-            expert, row, _, _, column, steps = tile_at(i)
-            column = jnp.minimum(column, n_out - bn)
+    def tile(self, i: jax.Array) -> tuple[jax.Array, ...]:
+        """Expert, first row loaded, first and last row owned, first column, steps along K of this block's tile `i`."""
+        index = self._program + i * self._num_programs
+        ti, ni = _in_bands(index, self._num_tiles, self._n_tiles, self.config.band)
+        expert, row, first, last = (self._tiles_gmem[field, ti] for field in (EXPERT, ROW, FIRST, LAST))
+        steps = jnp.where(expert >= 0, jnp.int32(self._k_steps), jnp.int32(0))
+        return expert, pl.multiple_of(row, ALIGNMENT), first, last, ni * self.block_n, steps
 
-            def load_step(ki: jax.Array, step: jax.Array) -> jax.Array:
-                slot = lax.rem(step, jnp.int32(stages))
+    def loaded_column(self, column: Any) -> jax.Array:
+        """Where the columns of a tile begin; the last tile of a row reaches back into the one before it."""
+        return jnp.minimum(column, self.n_out - self.block_n)
 
-                @pl.when(step >= stages)
-                def _wait() -> None:
-                    plgpu.barrier_wait(consumed.at[slot])
 
-                ks = pl.ds(pl.multiple_of(ki * bk, bk), bk)
-                plgpu.copy_gmem_to_smem(lhs_gmem.at[pl.ds(row, bm), ks], lhs_smem.at[slot], loaded.at[slot])
-                for place, half, offset, size in _pieces(config, gated=epilogue is not None):
-                    features = pl.ds(pl.multiple_of(column + (half * n_out + offset), 8), size)
-                    piece_smem = rhs_smem.at[slot, pl.ds(place, size)]
-                    plgpu.copy_gmem_to_smem(rhs_gmem.at[expert, features, ks], piece_smem, loaded.at[slot])
-                return step + 1
+def _load(work: _Work, lhs_gmem: Any, rhs_gmem: Any, lhs_smem: Any, rhs_smem: Any, loaded: Any, consumed: Any) -> None:
+    """The memory warpgroup: runs ahead of the products by up to `stages` steps, also from tile to tile."""
+    plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
+    bm, bk, stages = work.config.block_m, work.config.block_k, work.config.stages
 
-            end: jax.Array = lax.fori_loop(0, steps, load_step, step)
-            return end
+    def load_tile(i: jax.Array, step: jax.Array) -> jax.Array:
+        expert, row, _, _, column, steps = work.tile(i)
+        column = work.loaded_column(column)
 
-        total = lax.fori_loop(0, mine, load_tile, jnp.int32(0))
+        def load_step(ki: jax.Array, step: jax.Array) -> jax.Array:
+            slot = lax.rem(step, jnp.int32(stages))
 
-        def drain(step: jax.Array, carry: None) -> None:
-            plgpu.barrier_wait(consumed.at[lax.rem(step, jnp.int32(stages))])
+            @pl.when(step >= stages)
+            def _wait() -> None:
+                plgpu.barrier_wait(consumed.at[slot])
 
-        lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
+            ks = pl.ds(pl.multiple_of(ki * bk, bk), bk)
+            plgpu.copy_gmem_to_smem(lhs_gmem.at[pl.ds(row, bm), ks], lhs_smem.at[slot], loaded.at[slot])
+            for place, half, offset, size in _pieces(work.config, gated=work.epilogue is not None):
+                features = pl.ds(pl.multiple_of(column + (half * work.n_out + offset), 8), size)
+                piece_smem = rhs_smem.at[slot, pl.ds(place, size)]
+                plgpu.copy_gmem_to_smem(rhs_gmem.at[expert, features, ks], piece_smem, loaded.at[slot])
+            return step + 1
 
-    def multiply() -> None:
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        half = warpgroup * WARPGROUP_ROWS if config.split_rows else warpgroup * config.warpgroup_n
-        rows = pl.ds(half, WARPGROUP_ROWS) if config.split_rows else slice(None)
-        columns = slice(None) if config.split_rows else pl.ds(half, config.warpgroup_n)
+        end: jax.Array = lax.fori_loop(0, steps, load_step, step)
+        return end
 
-        def multiply_tile(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            step, stores = carry
-            expert, row, first, last, column, steps = tile_at(i)
+    total = lax.fori_loop(0, work.num_tiles, load_tile, jnp.int32(0))
 
-            def accumulate(acc: Any) -> jax.Array:
-                def k_step(ki: jax.Array, carry: None) -> None:
-                    slot = lax.rem(step + ki, jnp.int32(stages))
-                    plgpu.barrier_wait(loaded.at[slot])
-                    plgpu.wgmma(acc, lhs_smem.at[slot, rows], rhs_smem.at[slot, columns].transpose((1, 0)))
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(consumed.at[slot])
+    def drain(step: jax.Array, carry: None) -> None:
+        plgpu.barrier_wait(consumed.at[lax.rem(step, jnp.int32(stages))])
 
-                lax.fori_loop(0, steps, k_step, None)
-                sums: jax.Array = acc[...]
-                return sums
+    lax.fori_loop(jnp.maximum(total - stages, 0), total, drain, None)
 
-            sums = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, config.warpgroup_n)))
-            return step + steps, store_tile(sums, stores, expert, row, first, last, column)
 
-        lax.fori_loop(0, mine, multiply_tile, (jnp.int32(0), jnp.int32(0)))
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+def _multiply(work: _Work, lhs_smem: Any, rhs_smem: Any, loaded: Any, consumed: Any, epilogue: _Epilogue) -> None:
+    """A compute warpgroup: half of the rows, or of the columns, of each tile."""
+    plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+    config, stages = work.config, work.config.stages
+    half = epilogue.warpgroup * WARPGROUP_ROWS if config.split_rows else epilogue.warpgroup * config.warpgroup_n
+    rows = pl.ds(half, WARPGROUP_ROWS) if config.split_rows else slice(None)
+    columns = slice(None) if config.split_rows else pl.ds(half, config.warpgroup_n)
 
-    # 3. epilogue: registers -> SMEM -> HBM in chunks of columns, only the rows that the tile owns
-    def finish(sums: jax.Array, expert: Any, place: Any, offset: int, size: int) -> jax.Array:
-        """The output's columns `[place, place + size)`, which lie at `offset` in this warpgroup's sums."""
+    def multiply_tile(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        step, stores = carry
+        expert, row, first, last, column, steps = work.tile(i)
 
-        def rounded(half: int) -> jax.Array:
-            part = sums[:, half * wn + offset : half * wn + offset + size]
-            if bias_gmem is not None:
-                features = pl.ds(pl.multiple_of(half * n_out + place, 8), size)
-                layout = plgpu.Layout.WGMMA.reduce(0)
-                biased = jnp.where(expert >= 0, expert, bias_gmem.shape[0] - 1)
-                bias = plgpu.load(bias_gmem.at[biased, features], layout=layout, optimized=False)
-                part = part + lax.broadcast_in_dim(bias, part.shape, (1,))
-            return part.astype(out_gmem.dtype)
+        def accumulate(acc: Any) -> jax.Array:
+            def k_step(ki: jax.Array, carry: None) -> None:
+                slot = lax.rem(step + ki, jnp.int32(stages))
+                plgpu.barrier_wait(loaded.at[slot])
+                plgpu.wgmma(acc, lhs_smem.at[slot, rows], rhs_smem.at[slot, columns].transpose((1, 0)))
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(consumed.at[slot])
 
-        if epilogue is None:
-            return rounded(0)
-        return epilogue(rounded(0), rounded(1)).astype(out_gmem.dtype)
+            lax.fori_loop(0, steps, k_step, None)
+            sums: jax.Array = acc[...]
+            return sums
+
+        sums = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, config.warpgroup_n)))
+        return step + steps, epilogue.store_tile(sums, stores, expert, row, first, last, column)
+
+    lax.fori_loop(0, work.num_tiles, multiply_tile, (jnp.int32(0), jnp.int32(0)))
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+class _Epilogue(NamedTuple):
+    """Registers -> SMEM -> HBM in chunks of columns, only the rows that a tile owns."""
+
+    work: _Work
+    bias_gmem: Any
+    out_gmem: Any
+    out_smem: Any
+    warpgroup: jax.Array
 
     def store_tile(
-        sums: jax.Array, stores: jax.Array, expert: Any, row: Any, first: Any, last: Any, column: Any
+        self, sums: jax.Array, stores: jax.Array, expert: Any, row: Any, first: Any, last: Any, column: Any
     ) -> jax.Array:
         """Stores what this warpgroup has of a tile; `stores` counts its chunks, which take two slots in turn."""
-        size = out_smem.shape[-1]
-        loaded_column = jnp.minimum(column, n_out - bn)  # the last tile of a row reaches back into the one before it
-        if config.split_rows:
-            row = row + warpgroup * WARPGROUP_ROWS
+        size, wn = self.out_smem.shape[-1], self.work.warpgroup_n
+        loaded_column = self.work.loaded_column(column)
+        if self.work.config.split_rows:
+            row = row + self.warpgroup * WARPGROUP_ROWS
         else:
-            loaded_column = loaded_column + warpgroup * wn
+            loaded_column = loaded_column + self.warpgroup * wn
         begin = jnp.clip(first - row, 0, WARPGROUP_ROWS)
         count = jnp.clip(last - row, 0, WARPGROUP_ROWS) - begin
         for offset in range(0, wn, size):
@@ -218,16 +243,33 @@ def _kernel(
 
             @pl.when(mine)
             def _store(offset: int = offset, place: Any = place, stores: jax.Array = stores) -> None:
-                part = out_smem.at[warpgroup, lax.rem(stores, jnp.int32(2))]
+                part = self.out_smem.at[self.warpgroup, lax.rem(stores, jnp.int32(2))]
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-                part[...] = finish(sums, expert, place, offset, size)
+                part[...] = self._finish(sums, expert, place, offset, size)
                 plgpu.commit_smem()
-                _store_rows(part, out_gmem, row, begin, count, pl.multiple_of(place, size))
+                _store_rows(part, self.out_gmem, row, begin, count, pl.multiple_of(place, size))
 
             stores = stores + mine.astype(jnp.int32)
         return stores
 
-    lax.cond(warpgroup == COMPUTE_WARPGROUPS, load, multiply)
+    def _finish(self, sums: jax.Array, expert: Any, place: Any, offset: int, size: int) -> jax.Array:
+        """The output's columns `[place, place + size)`, which lie at `offset` in this warpgroup's sums."""
+
+        def rounded(half: int) -> jax.Array:
+            begin = half * self.work.warpgroup_n + offset
+            part = sums[:, begin : begin + size]
+            if self.bias_gmem is not None:
+                features = pl.ds(pl.multiple_of(half * self.work.n_out + place, 8), size)
+                layout = plgpu.Layout.WGMMA.reduce(0)
+                biased = jnp.where(expert >= 0, expert, self.bias_gmem.shape[0] - 1)
+                bias = plgpu.load(self.bias_gmem.at[biased, features], layout=layout, optimized=False)
+                part = part + lax.broadcast_in_dim(bias, part.shape, (1,))
+            return part.astype(self.out_gmem.dtype)
+
+        activation = self.work.epilogue
+        if activation is None:
+            return rounded(0)
+        return activation(rounded(0), rounded(1)).astype(self.out_gmem.dtype)
 
 
 def _in_bands(index: jax.Array, num_tiles: jax.Array, n_tiles: int, band: int) -> tuple[jax.Array, jax.Array]:
