@@ -9,11 +9,13 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import definition
-from moe_online.config import MoEConfig
+from moe_online import method as method_module
+from moe_online import schemes
+from moe_online.config import MoEConfig, OnlineQuantConfig
 from moe_online.errors import ConfigError
 from moe_online.experts import ExpertWeights
 from moe_online.layer import moe_layer
-from moe_online.method import OnlineMoEMethodBase, get_method
+from moe_online.method import OnlineMoEMethodBase, get_method, register_scheme
 from moe_online.schemes import SHORTHANDS, QuantSpec
 from pallas_kernels import UnsupportedError
 from sources import BF16, check_quantized, random
@@ -213,3 +215,40 @@ def test_unknown_schemes(scheme, error, says):
 )
 def test_ways_to_name_a_scheme(scheme):
     assert get_method(scheme, MOE).spec == QuantSpec("int8_per_channel", None)
+
+
+class Halved(OnlineMoEMethodBase):
+    """A scheme with arithmetic of its own: weights at half their size."""
+
+    def process_weights_after_loading(self, weights):
+        return dataclasses.replace(weights, w13_weight=weights.w13_weight / 2, w2_weight=weights.w2_weight / 2)
+
+
+@pytest.fixture
+def own_schemes(monkeypatch):
+    """Registers, and forgets when the test is over."""
+    for table in (schemes.SHORTHANDS, schemes.OTHER_METHODS, method_module._REGISTERED):
+        for name in ("my_formats", "my_method"):
+            monkeypatch.setitem(table, name, None)
+            monkeypatch.delitem(table, name)
+    register_scheme("my_formats", QuantSpec("mxfp8", "int8_per_token"))
+    register_scheme("my_method", Halved)
+
+
+@pytest.mark.usefixtures("own_schemes")
+def test_schemes_of_ones_own():
+    spec = get_method("my_formats", MOE).spec
+    assert spec == QuantSpec("mxfp8", "int8_per_token") == OnlineQuantConfig.parse("my_formats").moe
+    method = get_method("my_method", MOE)
+    assert isinstance(method, Halved)
+    assert method.moe is MOE
+    halved = method.process_weights_after_loading(weights())
+    assert_same_bits(halved.w2_weight, jnp.asarray(TREE["w2_weight"]) / 2)
+    assert method.apply_monolithic(halved, jnp.asarray(X), jnp.asarray(LOGITS)).shape == X.shape
+    with pytest.raises(ConfigError, match=r"'my_method' is the method Halved, which only get_method makes"):
+        OnlineQuantConfig.parse({"moe": "my_method"})
+    for taken in ("my_method", "my_formats", "mxfp8", "fp8_per_block_static", "nvfp4"):
+        with pytest.raises(ConfigError, match=f"there is a scheme '{taken}' already"):
+            register_scheme(taken, Halved)
+    with pytest.raises(TypeError, match="a QuantSpec or a subclass of OnlineMoEMethodBase, not 3"):
+        register_scheme("other", 3)

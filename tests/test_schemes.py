@@ -81,8 +81,8 @@ def test_unknown_names_are_refused_with_the_valid_ones(unknown):
 @pytest.mark.parametrize(
     ("weight", "activation", "message"),
     [
-        ("int3", None, "unknown weight format 'int3'; valid names: fp8_per_block, fp8_per_channel, fp8_per_tensor, int4"),
-        ("fp8_per_block", "int4", "unknown activation format 'int4'; valid names: fp8_per_group, fp8_per_tensor_dynamic"),
+        ("int3", None, "unknown weight format 'int3'; valid names: fp8_per_block, fp8_per_channel, fp8_per_tensor"),
+        ("fp8_per_block", "int4", "unknown activation format 'int4'; valid names: fp8_per_group, fp8_per_tensor_dyn"),
         ("fp8_per_token", None, "'fp8_per_token' is no weight format"),
         ("fp8_per_block", "fp8_per_block", "'fp8_per_block' is no activation format"),
         (get_format("fp8_per_token"), None, "'fp8_per_token' is no weight format"),

@@ -57,7 +57,9 @@ def operand_dtype(x: jax.Array | QuantizedArray) -> np.dtype[Any]:
         return np.dtype(x.dtype)
     if x.format.exact_in_bf16:
         return np.dtype(jnp.bfloat16)
-    return np.dtype(np.int8 if x.format.codes_per_element == 2 else x.dtype)
+    if x.format.codes_per_element == 2:
+        return np.dtype(np.int8)
+    return x.dtype
 
 
 def spread_rows(scales: jax.Array, block_rows: int | None, rows: int) -> Float[Array, "*batch blocks rows"]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from pallas_kernels.quantize.quotient import quotient
+from pallas_kernels.quantize.quotient import divide, divisor, quotient
 from tolerance import assert_same_bits
 
 MODULE = importlib.import_module("pallas_kernels.quantize.quotient")
@@ -43,8 +43,20 @@ def hardest_pairs(count=10_000):
     return np.array(sorted(pairs), np.float32).T
 
 
+def by_divisor(x, scale):
+    return divide(jnp.asarray(x), divisor(jnp.asarray(scale)))
+
+
+RUNS = {
+    "eager": quotient,
+    "jitted": pytest.param(jitted, marks=pytest.mark.smoke),
+    "by a divisor, eager": by_divisor,
+    "by a divisor, jitted": pytest.param(jax.jit(by_divisor), marks=pytest.mark.smoke),
+}
+
+
 @pytest.mark.parametrize("pairs", [random_pairs, hardest_pairs])
-@pytest.mark.parametrize("run", [quotient, pytest.param(jitted, marks=pytest.mark.smoke)], ids=["eager", "jitted"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
 def test_the_ieee_quotient(run, pairs):
     x, scale = pairs()
     assert_same_bits(run(x, scale), x / scale)
@@ -72,6 +84,26 @@ def test_a_divide_that_is_units_off(monkeypatch, first, second):
     x, scale = hardest_pairs(2000)
     assert_same_bits(quotient(x, scale), x / scale)
     assert not errors
+
+
+@pytest.mark.parametrize("off", [-2, -1, 1, 2])
+def test_a_reciprocal_that_is_units_off(monkeypatch, off):
+    def reciprocal(m, n):
+        return lax.bitcast_convert_type(lax.bitcast_convert_type(m / n, jnp.int32) + off, jnp.float32)
+
+    monkeypatch.setattr(MODULE, "_divide", reciprocal)
+    x, scale = hardest_pairs(2000)
+    assert_same_bits(by_divisor(x, scale), x / scale)
+
+
+def test_a_shared_divisor_over_the_whole_range():
+    """Rows of one scale, from the smallest normal number to the largest; quotients that are no normal numbers are zero."""
+    x, _ = random_pairs(2000)
+    for scale in np.float32([TINY, 2.0**-60 * 1.1, 0.7, 1, 448, 2.0**100 * 1.9]):
+        expected = x / scale
+        keep = (np.abs(expected) >= TINY) & np.isfinite(expected)
+        assert keep.any()
+        assert_same_bits(np.asarray(by_divisor(x, scale * np.ones_like(x)))[keep], expected[keep])
 
 
 def test_the_pairs_notice_other_divisions():
