@@ -97,7 +97,7 @@ def test_a_reciprocal_that_is_units_off(monkeypatch, off):
 
 
 def test_a_shared_divisor_over_the_whole_range():
-    """Rows of one scale, from the smallest normal number to the largest; quotients that are no normal numbers are zero."""
+    """From the smallest normal number to a large one, where the quotient is a normal number."""
     x, _ = random_pairs(2000)
     for scale in np.float32([TINY, 2.0**-60 * 1.1, 0.7, 1, 448, 2.0**100 * 1.9]):
         expected = x / scale
