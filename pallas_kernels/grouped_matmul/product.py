@@ -53,13 +53,13 @@ def operand(x: jax.Array | QuantizedArray) -> Operand:
 
 def operand_dtype(x: jax.Array | QuantizedArray) -> np.dtype[Any]:
     """Of the values of `operand(x)`."""
-    if not isinstance(x, QuantizedArray):
-        return np.dtype(x.dtype)
-    if x.format.exact_in_bf16:
-        return np.dtype(jnp.bfloat16)
-    if x.format.codes_per_element == 2:
-        return np.dtype(np.int8)
-    return x.dtype
+    dtype: np.dtype[Any] = np.dtype(x.dtype)
+    if isinstance(x, QuantizedArray):
+        if x.format.exact_in_bf16:
+            dtype = np.dtype(jnp.bfloat16)
+        elif x.format.codes_per_element == 2:
+            dtype = np.dtype(np.int8)
+    return dtype
 
 
 def spread_rows(scales: jax.Array, block_rows: int | None, rows: int) -> Float[Array, "*batch blocks rows"]:

@@ -75,7 +75,9 @@ def divisor(scale: Float[Array, "*shape"]) -> Divisor:
 
 
 def divide(x: Float[Array, "*shape"], by: Divisor) -> Float[Array, "*shape"]:
-    """`quotient(x, scale)`, without a division per element.
+    """`quotient(x, scale)`, without a division per element; exact from 2**-60 on, below that within a unit or zero.
+
+    Codes are rounded from far larger quotients.
 
     Markstein's scheme (IBM J. Res. Dev. 34, 1990) with exact residuals in the place of fused multiply-adds.
     """
