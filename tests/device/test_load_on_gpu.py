@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 import gpu_peak
+from by_name import assert_same_parts, by_name
 from moe_online.evaluate import evaluate, log_probabilities
 from moe_online.schemes import SHORTHANDS
-from numpy_quantizer import WEIGHTS, quantize_numpy
+from numpy_quantizer import BLOCKS, quantize_numpy
 from pallas_kernels import quantize
 from shipped import heldout, load_shipped
 from tolerance import assert_same_bits
@@ -37,24 +38,25 @@ def test_weights_have_the_bits_of_the_cpu(scheme):
         assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
 def test_quantize_has_numpys_bits(name, dtype):
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((4, 512, 640)) * np.exp2(rng.integers(-12, 8, (4, 512, 1)))).astype(dtype)
-    codes, scales = quantize_numpy(x, name)
+    expected = quantize_numpy(x, name)
     for function in (quantize, jax.jit(quantize, static_argnums=1)):
-        found = function(jnp.asarray(x), name)
-        assert_same_bits(found.values, codes)
-        assert_same_bits(found.scales, scales)
+        assert_same_parts(function(jnp.asarray(x), by_name(name)), expected)
 
 
 def test_model_runs_as_on_the_cpu():
     text = heldout()[:8193]
     for scheme in (None, "fp8_per_block", "int8_w8a8"):
         with jax.default_device(jax.devices("cpu")[0]):
-            reference = [np.asarray(b) for b in log_probabilities(load_shipped(scheme), text, window=512, batch=8)]
-        found = evaluate(load_shipped(scheme), text, window=512, batch=8, reference=reference)
+            reference = [
+                np.asarray(b)
+                for b in log_probabilities(load_shipped(scheme and {"moe": scheme}), text, window=512, batch=8)
+            ]
+        found = evaluate(load_shipped(scheme and {"moe": scheme}), text, window=512, batch=8, reference=reference)
         print(f"{scheme}: KL of GPU to CPU {found.kl_per_byte:.6f}, {found.bits_per_byte:.4f} bits per byte")
         assert found.kl_per_byte < 6e-3  # other orders of sums, so other roundings to bf16 and other activation codes
 
