@@ -35,6 +35,10 @@ class Kernel(Protocol):
         """Why it cannot serve this (already validated) call, or None."""
         ...
 
+    def unsupported_anywhere(self, call: Any) -> str | None:
+        """The part of `unsupported` that neither the device nor jax's version decides: docs/formats.md shows it."""
+        ...
+
     def run(self, call: Any) -> Any:
         """Serves the call."""
         ...

@@ -23,8 +23,11 @@ DTYPES = (jnp.bfloat16, jnp.float16)
 
 def unsupported(call: Call) -> str | None:
     """Why it cannot serve a call, or None."""
-    if jax.__version_info__[:2] < FIRST_JAX:
-        return f"it needs jax >= 0.11, and this is {jax.__version__}"
+    return unsupported_anywhere(call) or _unsupported_here()
+
+
+def unsupported_anywhere(call: Call) -> str | None:
+    """Why it cannot serve a call on any Hopper GPU, or None."""
     if isinstance(call.lhs, QuantizedArray) or isinstance(call.rhs, QuantizedArray):
         return "there is no kernel for quantized operands yet"
     for name in ("activation_format", "out_format"):
@@ -32,7 +35,7 @@ def unsupported(call: Call) -> str | None:
             return f"it does not take {name} yet"
     if call.epilogue is not None and call.epilogue.name in UNSUPPORTED_ACTIVATIONS:
         return f"jax has no {UNSUPPORTED_ACTIVATIONS[call.epilogue.name]} in its kernels, for {call.epilogue.name!r}"
-    return _unsupported_arrays(call) or _unsupported_config(call) or _unsupported_device()
+    return _unsupported_arrays(call) or _unsupported_config(call)
 
 
 def _unsupported_arrays(call: Call) -> str | None:
@@ -60,7 +63,9 @@ def _unsupported_config(call: Call) -> str | None:
     return f"{config.block_n=} is above N={n}" if config.block_n > n else None
 
 
-def _unsupported_device() -> str | None:
+def _unsupported_here() -> str | None:
+    if jax.__version_info__[:2] < FIRST_JAX:
+        return f"it needs jax >= 0.11, and this is {jax.__version__}"
     device = target_device()
     if device.platform != "gpu" or any(chip in device.device_kind for chip in HOPPER):
         return None  # of other platforms, `choose` decides

@@ -20,12 +20,17 @@ INTERPRETED_VMEM_BYTES = 2**26  # where a CPU stands in for the device
 
 def unsupported(call: Call) -> str | None:
     """Why it cannot serve a call, or None."""
+    return unsupported_anywhere(call) or _unsupported_config(call)
+
+
+def unsupported_anywhere(call: Call) -> str | None:
+    """Why it cannot serve a call on any TPU, or None."""
     if isinstance(call.lhs, QuantizedArray) or isinstance(call.rhs, QuantizedArray):
         return "it has no kernel for quantized operands yet"
     for name in ("activation_format", "out_format", "bias", "epilogue"):
         if getattr(call, name) is not None:
             return f"it does not take {name} yet"
-    return _unsupported_arrays(call) or _unsupported_config(call)
+    return _unsupported_arrays(call)
 
 
 def _unsupported_arrays(call: Call) -> str | None:

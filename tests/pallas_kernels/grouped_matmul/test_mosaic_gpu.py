@@ -196,8 +196,6 @@ def test_reasons(says, options):
     x, w = problem(m=16, n=options.pop("n", 256), k=options.pop("k", 128), dtype=options.pop("dtype", jnp.bfloat16))
     if options.pop("quantized", False):
         w, options = quantize(w, "fp8_per_channel"), {}
-    if jax.__version_info__[:2] < FIRST_JAX:
-        says = "it needs jax >= 0.11"
     with pytest.raises(UnsupportedError, match=f"'mosaic_gpu' cannot serve this call: .*{says}.*; use 'xla'"):
         grouped_matmul(x, w, jnp.array((4,) * 4, jnp.int32), implementation="mosaic_gpu", **options)
 
