@@ -67,7 +67,9 @@ class Format:
     partial_blocks: bool = False  # whether the last block along K may be shorter
 
     def __str__(self) -> str:
-        return self.name if self.groups[:1] in ((), (self.group,)) else f"{self.name} (group {self.group})"
+        """The name, and a group that is not the usual one: `int4_per_group_64`."""
+        usual = not self.groups or self.group == self.groups[0]
+        return self.name if usual else f"{self.name}_{self.group}"
 
     @property
     def group(self) -> int | None:
@@ -142,7 +144,11 @@ class Format:
             raise ValueError(f"{shape=} has rank {len(shape)}; format {self.name!r} needs the two axes [..., N, K]")
         block = self.block[1]
         if block is not None and not self.partial_blocks and shape[-1] % block:
-            raise ValueError(f"K={shape[-1]} of {shape=} must be a multiple of {block}, the block of format {self}")
+            fitting = [f"{self.name}_{group}" for group in self.groups if shape[-1] % group == 0]
+            raise ValueError(
+                f"K={shape[-1]} of {shape=} must be a multiple of {block}, the block of format {self}"
+                + (f"; {' and '.join(fitting)} would fit" if fitting else "")
+            )
 
     def spans(self) -> tuple[bool, bool]:
         """Whether one scale spans the whole of N, and the whole of K: what needs a collective when sharded."""

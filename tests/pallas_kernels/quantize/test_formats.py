@@ -162,7 +162,8 @@ def test_get_format():
     with pytest.raises(ValueError, match="group=64: the block of format 'fp8_per_block' is fixed"):
         get_format("fp8_per_block", group=64)
     assert get_format("int4_per_group").group == get_format("int4_per_group", group=128).group == 128
-    assert str(get_format("int4_per_group", group=32)) == "int4_per_group (group 32)"
+    assert str(get_format("int4_per_group")) == "int4_per_group"
+    assert str(get_format("int4_per_group", group=32)) == "int4_per_group_32"
     with pytest.raises(ValueError, match="group=16 of format 'int4_per_group' must be one of 32, 64, 128"):
         get_format("int4_per_group", group=16)
 
@@ -170,8 +171,15 @@ def test_get_format():
 @pytest.mark.parametrize(("name", "block"), [("int4_per_group", 128), ("mxfp8", 32), ("mxfp4", 32), ("nvfp4", 16)])
 def test_formats_of_whole_blocks(name, block):
     message = rf"K=100 of shape=\(2, 4, 100\) must be a multiple of {block}, the block of format {name}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"{message}$"):
         quantize(jnp.ones((2, 4, 100)), name)
+
+
+def test_groups_that_would_fit_are_named():
+    with pytest.raises(ValueError, match="int4_per_group; int4_per_group_64 and int4_per_group_32 would fit"):
+        quantize(jnp.ones((2, 4, 192)), "int4_per_group")
+    with pytest.raises(ValueError, match="of 64, the block of format int4_per_group_64; int4_per_group_32 would fit"):
+        quantize(jnp.ones((2, 4, 96)), get_format("int4_per_group", group=64))
 
 
 def test_errors_of_quantize():
