@@ -36,7 +36,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("path", metavar="PATH", help="a model folder or an Orbax checkpoint")
     parser.add_argument("--prefix", metavar="P", help="only what is below this name of a checkpoint, such as params")
-    parser.add_argument("--scheme", metavar="S", help="quantize the experts: fp8_per_block, int8_w8a16, ...")
+    parser.add_argument(
+        "--scheme",
+        metavar="S",
+        help="fp8_per_block, int8_w8a16, ...: quantizes the experts of a model folder and, as most schemes do, its "
+        "attention projections; of another checkpoint it says about how large the experts become",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the same facts as JSON")
     return parser
 
