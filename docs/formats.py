@@ -139,7 +139,7 @@ def _facts(fmt: Format) -> tuple[str, ...]:
     whole = "any" if fmt.block[1] is None or fmt.partial_blocks else f"multiple of {fmt.block[1]}"
     bits = 8 * q.nbytes / SIDE**2
     return (
-        *(_name(fmt.name), fmt.code.name, f"{fmt.code_max:g}", f"{q.dtype}{_packing(fmt)}", block),
+        *(_name(str(fmt)), fmt.code.name, f"{fmt.code_max:g}", f"{q.dtype}{_packing(fmt)}", block),
         *(f"{q.scales.dtype}{exponents}", second, whole, f"{bits:.3f}"),
     )
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import definition
-from moe_online import method as method_module
 from moe_online import schemes
 from pallas_kernels import UnsupportedError, fused_moe, get_format, grouped_matmul, quantize
 from sources import BF16, check_quantized
@@ -103,11 +102,7 @@ def test_examples():
     experts = {"w13_weight": normal(8, 2, 384, 256, seed=4), "w2_weight": normal(8, 256, 384, seed=5)}
     x, logits = normal(16, 256, seed=6) * BF16.type(16), np.random.default_rng(7).standard_normal((16, 8), np.float32)
     names = {"checkpoint": {"experts": experts}, "x": jnp.asarray(x), "router_logits": jnp.asarray(logits)}
-    with (
-        mock.patch.dict(schemes.SHORTHANDS),
-        mock.patch.dict(schemes.OTHER_METHODS),
-        mock.patch.dict(method_module._REGISTERED),
-    ):
+    with mock.patch.dict(schemes.SHORTHANDS):  # forgets what they register
         exec(compile("\n".join(blocks), str(PAGE), "exec"), names)
     check_quantized({"experts": names["params"]["experts"]}, {"experts": experts}, "int4_per_group_64")
     assert names["params"]["experts"].activation_format == get_format("int8_per_token")
