@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 
 from moe_online.config import MoEConfig
 from moe_online.experts import ExpertWeights, abstract_experts
-from moe_online.schemes import OTHER_METHODS, QuantSpec, SchemeLike, check_free, parse_scheme, register_shorthand
+from moe_online.schemes import SHORTHANDS, QuantSpec, SchemeLike, Shorthand, add_shorthand, parse_scheme
 from pallas_kernels import Format, QuantizedArray, fused_moe, quantize, route
 
 
@@ -153,27 +153,26 @@ class SpecMethod(OnlineMoEMethodBase):
         )
 
 
-_REGISTERED: dict[str, type[OnlineMoEMethodBase]] = {}
-
-
-def register_scheme(name: str, scheme: QuantSpec | type[OnlineMoEMethodBase]) -> None:
-    """Adds a scheme of one's own.
+def register_scheme(name: str, scheme: QuantSpec | type[OnlineMoEMethodBase], *, replace: bool = False) -> None:
+    """Adds a scheme of one's own, until the process ends; the commands, which are others, do not know it.
 
     Args:
-      name: Its name, for `get_method`; that of a QuantSpec also for `load`, configs and commands.
+      name: Its name. That of a QuantSpec is taken wherever a shorthand is: by `get_method`, `load` and configs. That
+        of a subclass is for `get_method` only: `load` and configs quantize by formats, so load such a layer
+        unquantized and call the method's `process_weights_after_loading`.
       scheme: Formats for experts and dense layers, or a subclass that is made with the `MoEConfig`.
+      replace: Lets `name` stand for something else from now on, if it was registered before.
 
     Raises:
-      TypeError: something else.
-      ConfigError: the name is taken.
+      TypeError: something else, or a name that is no string.
+      ConfigError: formats without one for the weights; a name that is taken, reserved, empty, or has a comma or space.
     """
     given: Any = scheme
     if isinstance(given, QuantSpec):
-        register_shorthand(name, moe=given, linear=given)
+        spec = parse_scheme(given)
+        add_shorthand(name, Shorthand(linear=spec, moe=spec), replace=replace)
     elif isinstance(given, type) and issubclass(given, OnlineMoEMethodBase):
-        check_free(name)
-        OTHER_METHODS[name] = given.__name__
-        _REGISTERED[name] = given
+        add_shorthand(name, Shorthand(method=given), replace=replace)
     else:
         raise TypeError(f"a scheme is a QuantSpec or a subclass of OnlineMoEMethodBase, not {scheme!r}")
 
@@ -190,8 +189,9 @@ def get_method(spec_or_name: SchemeLike | None, moe_config: MoEConfig) -> Online
       TypeError: another type.
       ConfigError: an unknown name, or one that says nothing about MoE layers; the message lists the valid ones.
     """
-    if isinstance(spec_or_name, str) and spec_or_name in _REGISTERED:
-        return _REGISTERED[spec_or_name](moe_config)
+    own = SHORTHANDS.get(spec_or_name) if isinstance(spec_or_name, str) else None
+    if own is not None and own.method is not None:
+        return own.method(moe_config)
     return SpecMethod(moe_config, None if spec_or_name is None else parse_scheme(spec_or_name, kind="moe"))
 
 

@@ -12,7 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from moe_online.errors import ConfigError
-from moe_online.schemes import DEFAULT_ACTIVATIONS, SHORTHANDS, LayerKind, QuantSpec, SchemeLike, parse_scheme
+from moe_online.schemes import (
+    LayerKind,
+    QuantSpec,
+    SchemeLike,
+    find_shorthand,
+    format_names,
+    parse_scheme,
+    shorthand_names,
+)
 
 Kind = Literal["moe", "linear", "other"]  # "other": norms, embeddings, routers and the like, never quantized
 
@@ -32,6 +40,8 @@ class OnlineQuantConfig:
       moe: Scheme of routed experts, likewise.
       ignore: Patterns of layers that stay as they are.
       targets: Patterns and the scheme of the layers that each matches; all others stay as they are.
+      explicit: Which of `linear` and `moe` must reach a layer of the model; None: those that are given. `parse` leaves
+        out what a shorthand brought along. It does not count where configs are compared.
 
     Raises:
       TypeError: a scheme that is no name, dict or QuantSpec.
@@ -48,6 +58,7 @@ class OnlineQuantConfig:
     moe: QuantSpec | None
     ignore: tuple[str, ...]
     targets: tuple[tuple[str, str | QuantSpec], ...]  # pattern and a shorthand or spec; empty: none given
+    explicit: tuple[str, ...] = dataclasses.field(compare=False, repr=False)
 
     def __init__(
         self,
@@ -55,6 +66,7 @@ class OnlineQuantConfig:
         moe: SchemeLike | None = None,
         ignore: Iterable[str] = (),
         targets: Mapping[str, SchemeLike] | Iterable[tuple[str, SchemeLike]] | None = None,
+        explicit: Iterable[str] | None = None,
     ):
         pairs = dict(targets or ())
         if linear is None and moe is None and not pairs:
@@ -72,6 +84,9 @@ class OnlineQuantConfig:
         object.__setattr__(self, "targets", tuple((key, _target(value)) for key, value in pairs.items()))
         for pattern in (*self.ignore, *pairs):
             _check_pattern(pattern)
+        given = [kind for kind in get_args(LayerKind) if getattr(self, kind) is not None]
+        named = given if explicit is None else set(explicit)
+        object.__setattr__(self, "explicit", tuple(kind for kind in given if kind in named))
 
     @classmethod
     def parse(
@@ -82,11 +97,16 @@ class OnlineQuantConfig:
         Args:
           config: A shorthand, a dict with some of `linear`, `moe`, `ignore`, `targets`, or a config.
           shorthand: Gives the fields that `config` leaves out; of a field that is a dict, also the `weight` or
-            `activation` that it leaves out. `"online"` gives nothing.
+            `activation` that it leaves out, whereas a name leaves out nothing. `"online"` gives nothing.
 
         Raises:
           TypeError: an argument, or a scheme in it, has another type.
           ConfigError: as the constructor, and an unknown shorthand or key, or two shorthands.
+
+        >>> print(OnlineQuantConfig.parse({"moe": {"weight": "int8_per_channel"}}, shorthand="fp8_per_block").moe)
+        int8_per_channel / fp8_per_group
+        >>> print(OnlineQuantConfig.parse({"moe": "int8_per_channel"}, shorthand="fp8_per_block").moe)
+        int8_per_channel / none
         """
         if isinstance(config, str):
             if shorthand is not None:
@@ -94,8 +114,10 @@ class OnlineQuantConfig:
             config, shorthand = None, config
         base = {} if shorthand is None else _shorthand_fields(shorthand)
         if config is None:
-            return cls(**base)
+            return cls(**base, explicit=())
+        explicit = None
         if isinstance(config, OnlineQuantConfig):
+            explicit = config.explicit
             config = {name: getattr(config, name) for name in FIELDS}
         if not isinstance(config, Mapping):
             raise TypeError(
@@ -109,7 +131,7 @@ class OnlineQuantConfig:
         for kind in get_args(LayerKind):
             if kind in given:
                 given[kind] = parse_scheme(given[kind], kind=kind, base=base.get(kind))
-        return cls(**{**base, **given})
+        return cls(**{**base, **given}, explicit=given if explicit is None else explicit)
 
     def resolve(
         self, name: str, kind: Kind, *, shards: Sequence[str] = (), prequantized: bool = False
@@ -170,15 +192,17 @@ def _shorthand_fields(name: str) -> dict[str, Any]:
         raise TypeError(f"a shorthand is a string, not {type(name).__name__} ({name!r})")
     if name == NO_CONFIG:
         return {}
-    if name not in SHORTHANDS:
-        hint = f"; as a weight format it goes into a config: {{'moe': {name!r}}}" if name in DEFAULT_ACTIVATIONS else ""
-        raise ConfigError(f"unknown quantization scheme {name!r}{hint}; valid names: {', '.join(sorted(SHORTHANDS))}")
-    return {kind: getattr(SHORTHANDS[name], kind) for kind in get_args(LayerKind)}
+    shorthand = find_shorthand(name)
+    if shorthand is None:
+        is_format = name in format_names("weight")
+        hint = f"; as a weight format it goes into a config: {{'moe': {name!r}}}" if is_format else ""
+        raise ConfigError(f"unknown quantization scheme {name!r}{hint}; valid names: {', '.join(shorthand_names())}")
+    return {kind: getattr(shorthand, kind) for kind in get_args(LayerKind)}
 
 
 def _target(value: SchemeLike) -> str | QuantSpec:
     """A shorthand stays a name, because its meaning depends on the kind of the layer."""
-    return value if isinstance(value, str) and value in SHORTHANDS else parse_scheme(value)
+    return value if isinstance(value, str) and find_shorthand(value) is not None else parse_scheme(value)
 
 
 def _check_pattern(pattern: str) -> None:
@@ -191,7 +215,8 @@ def _check_pattern(pattern: str) -> None:
             raise ConfigError(f"pattern {pattern!r} is no regular expression: {error}") from None
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of `ignore` or `targets` covers a layer of this name."""
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return pattern == name or fnmatch.fnmatchcase(name, pattern)
@@ -203,7 +228,7 @@ def _matching(patterns: Iterable[str], name: str, shards: Sequence[str], *, seve
     Raises:
       ConfigError: only some of the shards match; or, unless `several`, one name matches more than one pattern.
     """
-    found = {key: [pattern for pattern in patterns if _matches(pattern, key)] for key in (name, *shards)}
+    found = {key: [pattern for pattern in patterns if matches(pattern, key)] for key in (name, *shards)}
     for key, hits in found.items():
         if len(hits) > 1 and not several:
             raise ConfigError(f"layer {key!r} matches more than one target: {', '.join(map(repr, hits))}")

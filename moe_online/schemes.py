@@ -7,13 +7,19 @@ Names follow vLLM (vllm/config/quantization.py), whose spellings of formats are 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from moe_online.errors import ConfigError
 from pallas_kernels import Format, get_format
+from pallas_kernels.formats import FORMATS, Role
+
+if TYPE_CHECKING:
+    from moe_online.method import OnlineMoEMethodBase
 
 LayerKind = Literal["moe", "linear"]
+SPEC_FIELDS = ("weight", "group", "activation")  # of a spec that is a dict
 
 FORMAT_ALIASES: dict[str, str] = {
     "fp8_per_tensor_static": "fp8_per_tensor",
@@ -21,6 +27,9 @@ FORMAT_ALIASES: dict[str, str] = {
     "fp8_per_block_static": "fp8_per_block",
     "fp8_per_block_dynamic": "fp8_per_group",
     "int8_per_channel_static": "int8_per_channel",
+}
+NAMED_FORMATS: dict[str, Format] = FORMATS | {  # also `int4_per_group_64`, as it prints
+    str(sized): sized for fmt in FORMATS.values() for sized in (get_format(fmt.name, group=g) for g in fmt.groups)
 }
 DEFAULT_ACTIVATIONS: dict[str, str | None] = {  # of a weight format whose spec does not say
     "fp8_per_tensor": "fp8_per_tensor_dynamic",
@@ -65,67 +74,104 @@ class QuantSpec:
         return f"QuantSpec({weight=}, {activation=})"
 
 
-def _format(value: Format | str | None, role: Literal["weight", "activation"]) -> Format | None:
+def _format(value: Format | str | None, role: Role, group: int | None = None) -> Format | None:
     if value is None:
         return None
+    if isinstance(value, str):
+        name = FORMAT_ALIASES.get(value, value)
+        if name not in NAMED_FORMATS:
+            raise ConfigError(f"unknown {role} format {value!r}; valid names: {', '.join(format_names(role))}")
+        value = NAMED_FORMATS[name]
     try:
-        return get_format(FORMAT_ALIASES.get(value, value) if isinstance(value, str) else value, role=role)
+        return get_format(value, role=role, group=group)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def format_names(role: Role) -> list[str]:
+    """The names that a spec takes for weights or for activations, vLLM's left out."""
+    return sorted(name for name, fmt in NAMED_FORMATS.items() if role in fmt.roles)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shorthand:
     """What one name stands for, per kind of layer; None where it says nothing about that kind."""
 
-    linear: QuantSpec | None
-    moe: QuantSpec | None
+    linear: QuantSpec | None = None
+    moe: QuantSpec | None = None
+    method: type[OnlineMoEMethodBase] | None = None  # registered in the place of formats; for `get_method` alone
 
 
-def _everywhere(weight: str, activation: str | None) -> Shorthand:
-    spec = QuantSpec(weight, activation)
+def _usual(weight: str) -> QuantSpec:
+    """A weight format and the activations that it has unless said."""
+    return QuantSpec(weight, DEFAULT_ACTIVATIONS[NAMED_FORMATS[weight].name])
+
+
+def _everywhere(spec: QuantSpec) -> Shorthand:
     return Shorthand(linear=spec, moe=spec)
 
 
-def _experts(weight: str, activation: str | None) -> Shorthand:
-    return Shorthand(linear=None, moe=QuantSpec(weight, activation))
-
-
-SHORTHANDS: dict[str, Shorthand] = {
-    "fp8_per_tensor": _everywhere("fp8_per_tensor", "fp8_per_tensor_dynamic"),
-    "fp8_per_channel": _everywhere("fp8_per_channel", "fp8_per_token"),
-    "fp8_per_block": _everywhere("fp8_per_block", "fp8_per_group"),
-    "fp8_w8a16": _everywhere("fp8_per_channel", None),
-    "int8_w8a8": _everywhere("int8_per_channel", "int8_per_token"),
-    "int8_w8a16": _everywhere("int8_per_channel", None),
-    "int8_per_channel_weight_only": _experts("int8_per_channel", None),
-    "experts_int8": _experts("int8_per_channel", None),  # vLLM's older spelling
-    "mxfp8": _everywhere("mxfp8", "mxfp8"),
-    "mxfp4": _everywhere("mxfp4", "mxfp4"),
-    "nvfp4_per_token": _experts("nvfp4", "nvfp4_per_token"),
-    "int4_w4a16": _everywhere("int4_per_group", None),
-    "mxfp4_w4a16": _everywhere("mxfp4", None),
-    "nvfp4_w4a16": _everywhere("nvfp4", None),
+SHORTHANDS: dict[str, Shorthand] = {  # and what users register; of several names for the same, the first is shown
+    "fp8_per_tensor": _everywhere(_usual("fp8_per_tensor")),
+    "fp8": _everywhere(_usual("fp8_per_tensor")),  # vLLM's older spelling
+    "fp8_per_channel": _everywhere(_usual("fp8_per_channel")),
+    "fp8_per_block": _everywhere(_usual("fp8_per_block")),
+    "fp8_w8a16": _everywhere(QuantSpec("fp8_per_channel", None)),
+    "int8_w8a8": _everywhere(QuantSpec("int8_per_channel", "int8_per_token")),
+    "int8_w8a16": _everywhere(QuantSpec("int8_per_channel", None)),
+    "int8_per_channel_weight_only": Shorthand(moe=QuantSpec("int8_per_channel", None)),
+    "experts_int8": Shorthand(moe=QuantSpec("int8_per_channel", None)),  # vLLM's older spelling
+    "mxfp8": _everywhere(_usual("mxfp8")),
+    "mxfp4": _everywhere(_usual("mxfp4")),
+    "nvfp4_per_token": Shorthand(moe=_usual("nvfp4")),
+    "int4_w4a16": _everywhere(QuantSpec("int4_per_group", None)),
+    "mxfp4_w4a16": _everywhere(QuantSpec("mxfp4", None)),
+    "nvfp4_w4a16": _everywhere(QuantSpec("nvfp4", None)),
 }
-OTHER_METHODS: dict[str, str] = {}  # names of registered methods that are no pair of formats, and their class
+BUILT_IN = frozenset(SHORTHANDS)
+RESERVED = ("all", "auto", "bf16", "none", "online")  # they stand where a scheme could, and name none
 
 
-def register_shorthand(name: str, *, moe: QuantSpec | None, linear: QuantSpec | None = None) -> None:
-    """Makes `name` stand for these formats wherever a shorthand is taken.
+def add_shorthand(name: str, shorthand: Shorthand, *, replace: bool) -> None:
+    """Makes `name` stand for this in the present process; see `moe_online.method.register_scheme`.
 
     Raises:
-      ConfigError: the name is taken, or stands for nothing.
+      TypeError: a name that is no string.
+      ConfigError: a name that is taken, or cannot be one.
     """
-    check_free(name)
-    if moe is None and linear is None:
-        raise ConfigError(f"scheme {name!r} stands for nothing; give moe=, linear= or both")
-    SHORTHANDS[name] = Shorthand(linear=linear, moe=moe)
+    if not isinstance(name, str):
+        raise TypeError(f"a scheme is named by a string, not {type(name).__name__} ({name!r})")
+    if not name or re.search(r"[\s,]", name) or name.lower() in RESERVED:
+        raise ConfigError(
+            f"no scheme can have the name {name!r}: it must have letters but no comma or space, and be none of "
+            f"{', '.join(RESERVED)}"
+        )
+    if name in BUILT_IN or name in NAMED_FORMATS or name in FORMAT_ALIASES:
+        raise ConfigError(f"there is a scheme or format {name!r} already; choose another name")
+    if name in SHORTHANDS and not replace:
+        raise ConfigError(f"there is a scheme {name!r} already; choose another name, or give replace=True")
+    SHORTHANDS[name] = shorthand
 
 
-def check_free(name: str) -> None:
-    """Raises ConfigError where a scheme of this name exists."""
-    if name in {*SHORTHANDS, *DEFAULT_ACTIVATIONS, *FORMAT_ALIASES, *OTHER_METHODS}:
-        raise ConfigError(f"there is a scheme {name!r} already; choose another name")
+def find_shorthand(name: str) -> Shorthand | None:
+    """The formats of a shorthand; None where there is none of this name.
+
+    Raises:
+      ConfigError: a registered method, which is no pair of formats.
+    """
+    shorthand = SHORTHANDS.get(name)
+    if shorthand is not None and shorthand.method is not None:
+        raise ConfigError(
+            f"scheme {name!r} is the method {shorthand.method.__name__}, and loading and configs take formats only: "
+            f"load without quantization, then call get_method({name!r}, ...).process_weights_after_loading"
+        )
+    return shorthand
+
+
+def shorthand_names(kind: LayerKind | None = None) -> list[str]:
+    """The names that stand for formats, of a kind of layer or of any."""
+    kinds = get_args(LayerKind) if kind is None else (kind,)
+    return sorted(name for name, value in SHORTHANDS.items() if any(getattr(value, each) for each in kinds))
 
 
 SchemeLike = str | QuantSpec | Mapping[str, Any]
@@ -135,11 +181,12 @@ def parse_scheme(scheme: SchemeLike, *, kind: LayerKind = "moe", base: QuantSpec
     """The formats that `scheme` gives to a layer of this kind.
 
     Args:
-      scheme: A shorthand, else the name of a weight format; a dict with `weight`, `activation` or both; or a
-        QuantSpec, which is returned as it is. An activation that is not said is that of `DEFAULT_ACTIVATIONS`; in a
-        dict None says that there is none.
+      scheme: A shorthand, else the name of a weight format, which brings the activations of `DEFAULT_ACTIVATIONS`;
+        a dict with `weight` (and `group`, of formats that leave it open), `activation` or both, where None means
+        that activations are kept; or a QuantSpec, which is returned as it is.
       kind: `"moe"` or `"linear"`.
-      base: Gives what a dict leaves out.
+      base: Gives what a dict leaves out; without it, an activation that is left out is that of
+        `DEFAULT_ACTIVATIONS`. A name leaves nothing out.
 
     Raises:
       TypeError: `scheme`, or a format in it, has another type.
@@ -147,8 +194,12 @@ def parse_scheme(scheme: SchemeLike, *, kind: LayerKind = "moe", base: QuantSpec
 
     >>> parse_scheme("int8_w8a8")
     QuantSpec(weight='int8_per_channel', activation='int8_per_token')
-    >>> parse_scheme({"weight": "fp8_per_block", "activation": None})
-    QuantSpec(weight='fp8_per_block', activation=None)
+    >>> parse_scheme({"weight": "int4_per_group_64"})
+    QuantSpec(weight='int4_per_group_64', activation=None)
+    >>> parse_scheme({"weight": "int8_per_channel"}, base=QuantSpec("fp8_per_block", "fp8_per_group"))
+    QuantSpec(weight='int8_per_channel', activation='fp8_per_group')
+    >>> parse_scheme("int8_per_channel", base=QuantSpec("fp8_per_block", "fp8_per_group"))
+    QuantSpec(weight='int8_per_channel', activation=None)
     """
     if isinstance(scheme, str):
         return _named(scheme, kind)
@@ -165,34 +216,33 @@ def parse_scheme(scheme: SchemeLike, *, kind: LayerKind = "moe", base: QuantSpec
 
 
 def _named(name: str, kind: LayerKind) -> QuantSpec:
-    if name in SHORTHANDS:
-        spec: QuantSpec | None = getattr(SHORTHANDS[name], kind)
+    shorthand = find_shorthand(name)
+    if shorthand is not None:
+        spec: QuantSpec | None = getattr(shorthand, kind)
         if spec is None:
-            valid = sorted(key for key, value in SHORTHANDS.items() if getattr(value, kind) is not None)
             raise ConfigError(
-                f"online shorthand {name!r} does not define a {kind} spec; those that do: {', '.join(valid)}"
+                f"online shorthand {name!r} does not define a {kind} spec; those that do: "
+                f"{', '.join(shorthand_names(kind))}"
             )
         return spec
-    if name in OTHER_METHODS:
-        raise ConfigError(
-            f"scheme {name!r} is the method {OTHER_METHODS[name]}, which only get_method makes: load without "
-            "quantization, then call its process_weights_after_loading"
-        )
     weight = FORMAT_ALIASES.get(name, name)
-    if weight not in DEFAULT_ACTIVATIONS:
-        valid = sorted({*SHORTHANDS, *DEFAULT_ACTIVATIONS})
+    if weight not in format_names("weight"):
+        valid = sorted({*shorthand_names(), *format_names("weight")})
         raise ConfigError(f"unknown quantization scheme {name!r}; valid names: {', '.join(valid)}")
-    return QuantSpec(weight, DEFAULT_ACTIVATIONS[weight])
+    return _usual(weight)
 
 
 def _from_fields(fields: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec:
-    unknown = [key for key in fields if key not in ("weight", "activation")]
+    unknown = [key for key in fields if key not in SPEC_FIELDS]
     if unknown:
-        raise ConfigError(f"unknown keys {unknown} in the scheme {dict(fields)}; valid keys: weight, activation")
-    weight = _format(fields.get("weight", base and base.weight), "weight")
+        raise ConfigError(f"unknown keys {unknown} in the scheme {dict(fields)}; valid keys: {', '.join(SPEC_FIELDS)}")
+    group = fields.get("group")
+    if not isinstance(group, int | None):
+        raise TypeError(f"group is a whole number, not {type(group).__name__} ({group!r})")
+    weight = _format(fields.get("weight", base and base.weight), "weight", group)
     if weight is None:
         raise ConfigError(
-            f"the scheme {dict(fields)} has no weight format; valid names: {', '.join(sorted(DEFAULT_ACTIVATIONS))}"
+            f"the scheme {dict(fields)} has no weight format; valid names: {', '.join(format_names('weight'))}"
         )
     default = base.activation if base else DEFAULT_ACTIVATIONS.get(weight.name)
     return QuantSpec(weight, fields.get("activation", default))

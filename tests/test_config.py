@@ -91,8 +91,25 @@ def test_a_config_overrides_the_shorthand_field_by_field():
     assert merged({"moe": "int8_w8a16"}) == OnlineQuantConfig(linear=BLOCK, moe=INT8)
     assert merged({"moe": {"activation": None}}).moe == QuantSpec("fp8_per_block", None)
     assert merged({"moe": {"weight": "int8_per_channel"}}).moe == QuantSpec("int8_per_channel", "fp8_per_group")
+    assert merged({"moe": "int8_per_channel"}).moe == INT8  # a name leaves nothing out: its own default
     assert merged({"moe": {}}) == OnlineQuantConfig.parse("fp8_per_block")
     assert merged(OnlineQuantConfig(moe=INT8, ignore=["x"])) == OnlineQuantConfig(linear=BLOCK, moe=INT8, ignore=["x"])
+
+
+def test_what_was_said_explicitly():
+    """It must reach a layer; what a shorthand brings along need not."""
+
+    def explicit(config, shorthand=None):
+        return OnlineQuantConfig.parse(config, shorthand=shorthand).explicit
+
+    assert explicit("fp8_per_block") == explicit(None, "fp8_per_block") == explicit({"ignore": ["x"]}, "mxfp8") == ()
+    assert explicit({"moe": {"activation": None}}, "fp8_per_block") == ("moe",)
+    assert explicit({"linear": "fp8_per_block", "moe": "fp8_per_block"}) == ("moe", "linear")
+    assert OnlineQuantConfig(linear=BLOCK).explicit == explicit(OnlineQuantConfig(linear=BLOCK), "mxfp8") == ("linear",)
+    by_shorthand = OnlineQuantConfig.parse("fp8_per_block")
+    for copied in (explicit(by_shorthand), dataclasses.replace(by_shorthand, ignore=["x"]).explicit):
+        assert copied == ()
+    assert by_shorthand == OnlineQuantConfig(linear=BLOCK, moe=BLOCK)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +130,7 @@ def test_a_config_overrides_the_shorthand_field_by_field():
             "fp8_per_block",
             "targets cannot stand beside linear or moe (a shorthand",
         ),
-        ("int3", None, "unknown quantization scheme 'int3'; valid names: experts_int8, fp8_per_block"),
+        ("int3", None, "unknown quantization scheme 'int3'; valid names: experts_int8, fp8, "),
         (
             "int8_per_channel",
             None,
@@ -121,7 +138,7 @@ def test_a_config_overrides_the_shorthand_field_by_field():
         ),
         ({}, "bf16", "unknown quantization scheme 'bf16'"),
         ("fp8_per_block", "fp8_per_block", "both name a scheme"),
-        ({"moe": "fp9"}, None, "unknown quantization scheme 'fp9'; valid names: experts_int8, fp8_per_block"),
+        ({"moe": "fp9"}, None, "unknown quantization scheme 'fp9'; valid names: experts_int8, fp8, "),
         ({"moe": {"weight": "fp9"}}, None, "unknown weight format 'fp9'; valid names: fp8_per_block"),
         ({"moe": {"weight": "fp8_per_token"}}, None, "'fp8_per_token' is no weight format"),
         ({"moe": {"activation": None}}, None, "has no weight format"),

@@ -10,11 +10,12 @@ from moe_online.schemes import DEFAULT_ACTIVATIONS, FORMAT_ALIASES, SHORTHANDS, 
 from pallas_kernels import get_format
 from pallas_kernels.formats import FORMATS
 
-UNKNOWN = ["fp8", "int4", "fp8_per_token", "bf16"]
+UNKNOWN = ["int4", "fp8_per_token", "bf16", "int4_per_group_16"]
 
 # name: (weight, activation, whether linear layers get it too)
 TABLE = {
     "fp8_per_tensor": ("fp8_per_tensor", "fp8_per_tensor_dynamic", True),
+    "fp8": ("fp8_per_tensor", "fp8_per_tensor_dynamic", True),
     "fp8_per_channel": ("fp8_per_channel", "fp8_per_token", True),
     "fp8_per_block": ("fp8_per_block", "fp8_per_group", True),
     "fp8_w8a16": ("fp8_per_channel", None, True),
@@ -58,6 +59,31 @@ def test_aliases_name_present_formats():
     assert parse_scheme("fp8_per_tensor_static") == parse_scheme("fp8_per_tensor")
 
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_groups_can_be_named(group):
+    """Every way to say it is the same, and what is printed can be read again."""
+    fmt = get_format("int4_per_group", group=group)
+    spec = QuantSpec(f"int4_per_group_{group}", None)
+    assert spec.weight == fmt
+    assert parse_scheme(f"int4_per_group_{group}") == spec
+    assert parse_scheme({"weight": "int4_per_group", "group": group}) == spec
+    assert parse_scheme({"group": group}, base=QuantSpec("int4_per_group", None)) == spec
+    assert QuantSpec(str(spec.weight), None) == spec
+    assert str(spec) == f"int4_per_group_{group} / none"
+
+
+def test_groups_that_do_not_exist():
+    assert parse_scheme({"weight": "int4_per_group", "group": None}).weight.group == 128
+    with pytest.raises(ConfigError, match="group=16 of format 'int4_per_group' must be one of 32, 64, 128"):
+        parse_scheme({"weight": "int4_per_group", "group": 16})
+    with pytest.raises(ConfigError, match="group=64: the block of format 'fp8_per_block' is fixed"):
+        parse_scheme({"weight": "fp8_per_block", "group": 64})
+    with pytest.raises(TypeError, match=r"group is a whole number, not float \(64.0\)"):
+        parse_scheme({"weight": "int4_per_group", "group": 64.0})
+    with pytest.raises(ConfigError, match=r"unknown weight format 'int4_per_group_16'; .* int4_per_group_32, "):
+        QuantSpec("int4_per_group_16", None)
+
+
 def test_spec_takes_names_and_formats():
     spec = QuantSpec(get_format("fp8_per_block"), "fp8_per_token")
     assert spec == QuantSpec("fp8_per_block", get_format("fp8_per_token"))
@@ -74,7 +100,9 @@ def test_spec_prints():
 
 @pytest.mark.parametrize("unknown", UNKNOWN)
 def test_unknown_names_are_refused_with_the_valid_ones(unknown):
-    with pytest.raises(ConfigError, match=rf"unknown quantization scheme '{unknown}'; valid names: experts_int8, fp8_"):
+    with pytest.raises(
+        ConfigError, match=rf"unknown quantization scheme '{unknown}'; valid names: experts_int8, fp8, "
+    ):
         parse_scheme(unknown)
 
 
@@ -122,12 +150,14 @@ def test_fields_without_a_weight_or_with_another_key_are_refused():
         parse_scheme({"weight": None}, base=QuantSpec("fp8_per_block", None))
     with pytest.raises(ConfigError, match="has no weight format; leave the scheme out"):
         parse_scheme(QuantSpec(None, "fp8_per_token"))
-    with pytest.raises(ConfigError, match=r"unknown keys \['weights'\].*valid keys: weight, activation"):
+    with pytest.raises(ConfigError, match=r"unknown keys \['weights'\].*valid keys: weight, group, activation"):
         parse_scheme({"weights": "fp8_per_block"})
 
 
 def test_a_shorthand_without_a_slot_is_refused():
-    with pytest.raises(ConfigError, match="'experts_int8' does not define a linear spec; those that do: fp8_per_block"):
+    with pytest.raises(
+        ConfigError, match="'experts_int8' does not define a linear spec; those that do: fp8, fp8_per_block"
+    ):
         parse_scheme("experts_int8", kind="linear")
 
 
