@@ -1,8 +1,4 @@
-"""What each scheme does to a routed layer: its error against the layer as it was, and against numpy's quantized one.
-
-Tokens are f32 here. With bf16 ones the two sides now and then round the largest number of a token differently, and
-with it every scale of an nvfp4 token: 0.11 of the token, where rounding alone makes 0.002.
-"""
+"""What each scheme does to a routed layer: its error against the layer as it was, and against numpy's quantized one."""
 
 import functools
 
@@ -23,14 +19,14 @@ E, SIZE, T = 4, 256, 48
 MOE = MoEConfig(num_experts=E, top_k=2, hidden_size=SIZE, intermediate_size=SIZE)
 RNG = np.random.default_rng(0)
 W13, W2 = ((RNG.standard_normal(shape) / SIZE**0.5).astype(BF16) for shape in ((E, 2, SIZE, SIZE), (E, SIZE, SIZE)))
-X, LOGITS = (RNG.standard_normal((T, size), np.float32) for size in (SIZE, E))
+X, LOGITS = RNG.standard_normal((T, SIZE)).astype(BF16), RNG.standard_normal((T, E), np.float32)
 
 # Relative L2 of the batch and of the worst token, by bits of weights and activations. Of normal numbers, e4m3 loses
 # 0.0265, int8 0.009, int4 and mxfp4 0.11, nvfp4 0.095, and a gated layer sums up to about six such errors: two in gate,
-# two in up, two in the down projection. Of 12 seeds the worst scheme of each class had 0.068 and 0.098, 0.047 and
-# 0.064, 0.293 and 0.396, 0.212 and 0.293.
-MOST = {(8, 8): (0.075, 0.11), (8, 16): (0.052, 0.072), (4, 4): (0.32, 0.44), (4, 16): (0.235, 0.33)}
-SAME = (1e-3, 5e-3)  # to numpy: f32 sums, and single codes on the other side of a tie (3e-4 and 1.5e-3 in 12 seeds)
+# two in up, two in the down projection. In 12 seeds the worst scheme of each class had 0.068 and 0.096, 0.048 and
+# 0.063, 0.294 and 0.386, 0.209 and 0.310.
+MOST = {(8, 8): (0.075, 0.11), (8, 16): (0.052, 0.072), (4, 4): (0.32, 0.44), (4, 16): (0.235, 0.34)}
+SAME = (5e-3, 1.2e-2)  # to numpy: roundings to bf16 (2e-3), and codes beyond a tie (1.8e-3 and 4.9e-3 in 12 seeds)
 
 
 def errors(actual, expected):
@@ -72,7 +68,7 @@ def apply(weights, x, logits):
 
 def test_without_a_scheme_nothing_is_lost():
     found, rotated = by_us(None)
-    assert max(errors(found, by_numpy())) < 1e-5
+    assert (np.array(errors(found, by_numpy())) <= SAME).all()
     assert min(errors(rotated, by_numpy())) > 1
 
 
