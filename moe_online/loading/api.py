@@ -13,9 +13,10 @@ from moe_online.config import OnlineQuantConfig
 from moe_online.errors import ConfigError
 from moe_online.experts import default_sharding, expert_spec
 from moe_online.loading import stream
+from moe_online.loading.choose import choose_specs
 from moe_online.loading.mapping import Part, assign
 from moe_online.loading.orbax import OrbaxSource
-from moe_online.loading.plan import LoadPlan, choose_specs, make_plan
+from moe_online.loading.plan import LoadPlan, make_plan
 from moe_online.loading.report import LoadReport
 from moe_online.loading.source import CheckpointSource, MemorySource, Prefixed
 from moe_online.loading.tree import AbstractTree, Leaf, flatten

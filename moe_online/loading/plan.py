@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,16 +13,11 @@ import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from moe_online.config import OnlineQuantConfig
 from moe_online.errors import ConfigError, DtypeMismatch, MemoryBudgetError, ShapeMismatch
-from moe_online.loading.mapping import Part
 from moe_online.loading.messages import human_bytes, listed, rendered
 from moe_online.loading.quantizer import temporary_bytes
-from moe_online.loading.tree import WEIGHTS, Leaf
 from moe_online.loading.units import Target, Unit, allocated_bytes, block_bytes, cut_units, num_rows, stored_bytes
-from moe_online.schemes import SHORTHANDS, QuantSpec
 
-KINDS = {"linear": "moe_online.flax.Linear", "moe": "moe_online.flax.MoE"}  # and the layers that are of them
 WIDE = 100  # columns of a terminal from which on tables show everything
 
 
@@ -148,62 +143,6 @@ def make_plan(
     return plan
 
 
-def choose_specs(
-    leaves: Sequence[Leaf], parts: Mapping[str, tuple[Part, ...]], config: OnlineQuantConfig | None
-) -> dict[str, tuple[QuantSpec | None, str]]:
-    """The scheme of each leaf and the rule that chose it.
-
-    Raises:
-      ConfigError: the config, or a part of it, reaches no leaf.
-    """
-    chosen: dict[str, tuple[QuantSpec | None, str]] = {}
-    for leaf in leaves:
-        if config is None:
-            chosen[leaf.name] = None, "as declared"
-        elif leaf.field in WEIGHTS:
-            assert leaf.layer is not None and leaf.kind is not None  # it has a field
-            chosen[leaf.name] = config.resolve_with_rule(leaf.layer, leaf.kind)
-        elif leaf.field is None and any(set("ENK") <= set(part.axes or "") for part in parts[leaf.name]):
-            chosen[leaf.name] = config.resolve_with_rule(leaf.name, "moe")
-        else:
-            chosen[leaf.name] = None, "dense"
-    if config is not None:
-        idle = [key for key, _ in config.targets if all(rule != f"targets: {key}" for _, rule in chosen.values())]
-        if idle:
-            raise ConfigError(f"targets match no experts or linear layers: {', '.join(idle)}; {_reachable(leaves)}")
-    if config is not None:
-        _check_explicit(config, [rule for spec, rule in chosen.values() if spec is not None], leaves)
-    if config is not None and all(spec is None for spec, _ in chosen.values()):
-        deep = [f"{leaf.name} {tuple(leaf.aval.shape)}" for leaf in leaves if leaf.aval.ndim >= 3]
-        raise ConfigError(
-            f"quantization reaches no leaf; {_reachable(leaves)}. Of rank 3 and more there are "
-            f"{listed(deep, 'tensor')}. Experts are the weights of moe_online.flax.MoE, or leaves whose mapping rule "
-            'states their axes: {"*.w_in": "E K N"}; linear layers are those of moe_online.flax.Linear'
-        )
-    return chosen
-
-
-def _check_explicit(config: OnlineQuantConfig, rules: Sequence[str], leaves: Sequence[Leaf]) -> None:
-    """Raises ConfigError where a scheme for one kind of layer reaches none, unless a shorthand brought it along."""
-    pair = config.linear, config.moe
-    if None in pair or any(pair == (known.linear, known.moe) for known in SHORTHANDS.values()):
-        return
-    for kind in KINDS:
-        if kind not in rules:
-            raise ConfigError(
-                f"{kind}={getattr(config, kind)} reaches no {kind} layer that can hold quantized weights; leave it "
-                f"out, or use {KINDS[kind]}: {_reachable(leaves)}"
-            )
-
-
-def _reachable(leaves: Sequence[Leaf]) -> str:
-    """What a scheme can reach by its kind or by the name of the layer."""
-    names = {kind: list(dict.fromkeys(str(leaf.layer) for leaf in leaves if leaf.kind == kind)) for kind in KINDS}
-    return "the model has " + " and ".join(
-        f"{listed(found, 'layer') if found else 'no layer'} of kind {kind!r}" for kind, found in names.items()
-    )
-
-
 def group_by_pattern(items: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
     """Groups things that differ only in the numbers of their names, scheme and shape apart: one row of a table."""
 
@@ -269,14 +208,17 @@ def _check_dtypes(source: str, targets: Sequence[Target]) -> None:
 
 
 def _check_blocks(targets: Sequence[Target]) -> None:
-    """Raises ConfigError where a weight has no whole number of a format's blocks along K."""
+    """Raises ConfigError where a weight, or the inputs that it meets, has no whole number of a block along K."""
     wrong = []
     for target in targets:
-        try:
-            if target.format is not None:
-                target.format.check_shape(target.shape)
-        except ValueError as error:
-            wrong.append(f"{target.name} ({error})")
+        formats = () if target.spec is None else (("", target.spec.weight), ("inputs: ", target.spec.activation))
+        for inputs, fmt in formats:
+            try:
+                if fmt is not None:
+                    fmt.check_shape(target.shape)  # of which only K counts: that of the weight is that of its inputs
+            except ValueError as error:
+                wrong.append(f"{target.name} ({inputs}{error})")
+                break
     if wrong:
         raise ConfigError(
             f"quantization does not fit {listed(wrong, 'tensor')}. Choose another format for these layers, or list "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from moe_online.dense import DenseKernel
 from moe_online.errors import ConfigError
 from moe_online.experts import ExpertWeights
 from moe_online.flax.linear import Linear
+from moe_online.flax.nnx import MoE
 from moe_online.schemes import LayerKind
 from pallas_kernels import QuantizedArray
 
@@ -40,6 +41,8 @@ class Leaf:
     kind: LayerKind | None = None  # of that
     field: str | None = None  # its name there
     axes: str | None = None  # letters of the axes, where they are known
+    names: tuple[str, ...] = ()  # by which patterns of a config mean it, where it belongs to no such layer
+    what: str | None = None  # for people, where no scheme can reach it, what it is of, if that is known: "RMSNorm"
 
     def transposed(self) -> Leaf:
         """The kernel `[K, N]` of a dense layer as `[N, K]`, sharded alike: what it is once it is quantized."""
@@ -67,22 +70,24 @@ def flatten(abstract: Any) -> AbstractTree:
       ConfigError: no leaf, or one that is no `ShapeDtypeStruct`; `expert_map` alone may be an array, and is kept.
     """
     if not isinstance(abstract, nnx.Module):
-        return _flatten(abstract, frozenset())
+        return _flatten(abstract, {})
     graph, state = nnx.split(abstract)
-    linear = {".".join(map(str, path)) for path, node in nnx.iter_graph(abstract) if isinstance(node, Linear)}
-    inner = _flatten(state, linear)
+    modules = {
+        ".".join(map(str, path)): node for path, node in nnx.iter_graph(abstract) if isinstance(node, nnx.Module)
+    }
+    inner = _flatten(state, modules)
     return AbstractTree(
         leaves=inner.leaves, rebuild=lambda arrays, formats: nnx.merge(graph, inner.rebuild(arrays, formats))
     )
 
 
-def _flatten(abstract: Any, linear: Collection[str]) -> AbstractTree:
-    """Of a pytree; `linear` names the dense layers in it that can be quantized."""
+def _flatten(abstract: Any, modules: Mapping[str, nnx.Module]) -> AbstractTree:
+    """Of a pytree; `modules` are those that it is the state of, by name."""
     nodes, treedef = jax.tree_util.tree_flatten_with_path(
         abstract, is_leaf=lambda x: isinstance(x, ExpertWeights | DenseKernel)
     )
     named = [(path_name(path), node) for path, node in nodes]
-    leaves = [leaf for name, node in named for leaf in _leaves(name, node, linear)]
+    leaves = [leaf for name, node in named for leaf in _leaves(name, node, modules)]
     _check(leaves)
 
     def rebuild(arrays: Mapping[str, Any], formats: Mapping[str, Any]) -> Any:
@@ -105,23 +110,54 @@ def path_name(path: tuple[Any, ...]) -> str:
     return ".".join(keys)
 
 
-def _leaves(name: str, node: Any, linear: Collection[str]) -> list[Leaf]:
+def _leaves(name: str, node: Any, modules: Mapping[str, nnx.Module]) -> list[Leaf]:
     if isinstance(node, DenseKernel):
         raise ConfigError(_declared_as_quantized(name))
-    layer, _, field = name.rpartition(".")
-    if field == KERNEL and layer in linear:
-        return [Leaf(name=name, aval=node, layer=layer, kind="linear", field=field, axes=KERNEL_AXES)]
     if not isinstance(node, ExpertWeights):
-        return [Leaf(name=name, aval=node)]
+        return [_single(name, node, modules)]
     leaves = []
     for field in FIELD_AXES:
         value = getattr(node, field)
         if isinstance(value, QuantizedArray):
             raise ConfigError(_declared_as_quantized(_join(name, field)))
         if value is not None:
-            axes = FIELD_AXES[field]
-            leaves.append(Leaf(name=_join(name, field), aval=value, layer=name, kind="moe", field=field, axes=axes))
+            leaves.append(_of_experts(name, field, value))
     return leaves
+
+
+def _of_experts(layer: str, field: str, aval: Any) -> Leaf:
+    name, axes = _join(layer, field), FIELD_AXES[field]
+    if getattr(aval, "ndim", None) != len(axes):  # of several layers in one, as nnx.vmap makes them
+        return Leaf(name=name, aval=aval, names=(layer or name,), what="stacked experts")
+    return Leaf(name=name, aval=aval, layer=layer, kind="moe", field=field, axes=axes, what="bias of experts")
+
+
+def _single(name: str, aval: Any, modules: Mapping[str, nnx.Module]) -> Leaf:
+    """A leaf that is no part of ExpertWeights."""
+    layer, _, field = name.rpartition(".")
+    if layer not in modules:
+        return Leaf(name=name, aval=aval, names=(name, layer) if layer else (name,))
+    module = modules[layer]
+    if not isinstance(module, Linear) or _is_stacked(module):
+        return Leaf(name=name, aval=aval, names=(layer or name,), what=_owner(layer, modules))
+    axes = KERNEL_AXES if field == KERNEL else None
+    return Leaf(name=name, aval=aval, layer=layer, kind="linear", field=field, axes=axes, what="bias of Linear")
+
+
+def _owner(layer: str, modules: Mapping[str, nnx.Module]) -> str:
+    """For people, what kind of module this is."""
+    module, (parent, _, attribute) = modules[layer], layer.rpartition(".")
+    if isinstance(modules.get(parent), MoE) and attribute == "router":
+        return "router"
+    if isinstance(module, Linear):
+        return "stacked Linear"
+    name = type(module).__name__
+    return f"nnx.{name}" if type(module).__module__.startswith("flax.") else name
+
+
+def _is_stacked(linear: Linear) -> bool:
+    """Whether it stands for several layers, as nnx.vmap makes them: `[L, K, N]` is no matrix to be quantized."""
+    return getattr(linear.kernel.get_value(), "ndim", 2) != 2  # what is quantized already has no rank
 
 
 def _declared_as_quantized(name: str) -> str:

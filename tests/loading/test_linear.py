@@ -1,5 +1,7 @@
 """Dense layers: kernels are transposed and quantized on the way, with the bits of numpy and by a config's rules."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from moe_online.errors import ConfigError, ShapeMismatch
 from moe_online.flax import Linear, MoE
 from moe_online.loading import quantizer
 from moe_online.loading.quantizer import PartLayout, temporary_bytes
+from moe_online.quant_config import matches
 from moe_online.schemes import SHORTHANDS, QuantSpec
 from numpy_quantizer import WEIGHTS, dequantize_numpy, quantize_numpy
 from sources import BF16, nothing_left_on_the_device, quiet_load, random, swapped
@@ -119,14 +122,22 @@ def test_a_checkpoint_of_plain_nnx_needs_no_mapping(tmp_path):
     assert isinstance(abstract.kernel.get_value(), jax.ShapeDtypeStruct)  # the declaration is as it was
 
 
+NEVER = {  # quantized, and why
+    "up.bias": "dense: bias of Linear",
+    "plain.kernel": "dense: nnx.Linear",
+    "plain.bias": "dense: nnx.Linear",
+    "norm.scale": "dense: nnx.RMSNorm",
+    "moe.router.kernel": "dense: router",
+}
+
+
 def rules(quantization, function=moe_online.plan):
     found = function(declared(), SOURCE, quantization=quantization)
     facts = {
         tensor.name: (tensor.scheme, tensor.rule)
         for tensor in (found.targets if function is moe_online.plan else found.report.tensors)
     }
-    never = {"up.bias", "plain.kernel", "plain.bias", "norm.scale", "moe.router.kernel"}
-    assert {facts.pop(name) for name in never} == {("bfloat16", "dense")}
+    assert {name: facts.pop(name) for name in NEVER} == {name: (KEPT, rule) for name, rule in NEVER.items()}
     return facts
 
 
@@ -147,14 +158,69 @@ def test_rules_in_the_plan_and_the_report():
     assert rules("experts_int8") == facts(*[(KEPT, "no linear scheme")] * 2, (INT8, "moe"))
     assert rules(SHORTHANDS["fp8_per_block"].moe) == facts(*[(KEPT, "no linear scheme")] * 2, moe)  # experts alone
     assert rules(both | {"ignore": ["d*n"]}) == facts(linear, (KEPT, "ignore: d*n"), moe)
-    targets = {"up": "fp8_per_block", "re:moe": "int8_w8a16"}
+    targets = {"up": "fp8_per_block", "re:moe.e": "int8_w8a16"}
     assert rules({"targets": targets}) == facts(
-        (BLOCK, "targets: up"), (KEPT, "no target matches"), (INT8, "targets: re:moe")
+        (BLOCK, "targets: up"), (KEPT, "no target matches"), (INT8, "targets: re:moe.e")
     )
 
 
+def test_what_is_ignored_says_so():
+    """Also where nothing would have quantized it."""
+    config = {"moe": "fp8_per_block", "ignore": ["plain", "*.router", "re:no", "down"]}
+    plan = moe_online.plan(declared(), SOURCE, quantization=config)
+    facts = {target.name: target.rule for target in plan.targets}
+    assert facts == NEVER | {
+        "plain.kernel": "ignore: plain",
+        "plain.bias": "ignore: plain",
+        "moe.router.kernel": "ignore: *.router",
+        "norm.scale": "ignore: re:no",
+        "up.kernel": "no linear scheme",
+        "down.kernel": "ignore: down",
+    } | dict.fromkeys(EXPERTS, "moe")
+
+
+class Stack(nnx.Module):
+    """Three dense layers in one module, as nnx.scan takes them, and one alone."""
+
+    def __init__(self, *, rngs):
+        def make(rngs):
+            return Linear(H, INNER, param_dtype=jnp.bfloat16, rngs=rngs)
+
+        self.layers, self.head = nnx.split_rngs(splits=3)(nnx.vmap(make))(rngs), make(rngs)
+
+
+STACK = {
+    "layers": {"kernel": random(3, H, INNER), "bias": random(3, INNER)},
+    "head": {"kernel": random(H, INNER), "bias": random(INNER)},
+}
+
+
+@pytest.mark.parametrize("quantization", [None, {"linear": "int8_w8a16"}])
+def test_stacked_layers_stay_as_they_are(quantization):
+    """Their kernel `[L, K, N]` is no matrix."""
+    abstract = nnx.eval_shape(lambda: Stack(rngs=nnx.Rngs(0)))
+    params, report = quiet_load(abstract, STACK, quantization=quantization)
+    assert_same_bits(params.layers.kernel[...], STACK["layers"]["kernel"])
+    assert_same_bits(params.layers.bias[...], STACK["layers"]["bias"])
+    facts = {tensor.name: tensor.rule for tensor in report.tensors}
+    if quantization is None:
+        assert set(facts.values()) == {"as declared"}
+        return
+    check_kernel(params.head.kernel.get_value(), STACK["head"]["kernel"], "int8_per_channel")
+    assert facts == {
+        "layers.kernel": "dense: stacked Linear",
+        "layers.bias": "dense: stacked Linear",
+        "head.kernel": "linear",
+        "head.bias": "dense: bias of Linear",
+    }
+    refused(
+        "target '*' matches 'layers'", "stacked Linear", abstract=abstract, source=STACK,
+        quantization={"targets": {"*": "int8_w8a16"}},
+    )  # fmt: skip
+
+
 def test_formats_travel_with_the_layer_that_they_were_chosen_for():
-    config = {"targets": {"up": "int8_w8a8", "down": "int8_w8a16", "moe.*": "fp8_per_block"}}
+    config = {"targets": {"up": "int8_w8a8", "down": "int8_w8a16", "moe.e*": "fp8_per_block"}}
     params = quiet_load(declared(), SOURCE, quantization=config).params
     assert params.up.kernel.get_value().activation_format.name == "int8_per_token"
     assert params.down.kernel.get_value().activation_format is None
@@ -196,10 +262,19 @@ def test_a_linear_scheme_that_reaches_nothing():
     abstract = nnx.eval_shape(lambda: MoE(MOE, rngs=nnx.Rngs(0)))
     says = ("1 layer (experts) of kind 'moe'", "no layer of kind 'linear'", "moe_online.flax.Linear")
     refused(*says, abstract=abstract, source=SOURCE["moe"], quantization={"linear": "int8_w8a16"})
-    both = {"linear": "int8_w8a16", "moe": "fp8_per_block"}
-    refused("reaches no linear layer", *says, abstract=abstract, source=SOURCE["moe"], quantization=both)
     refused("2 layers (", "(moe.experts)", "nope", quantization={"targets": {"nope": "fp8_per_block"}})
-    refused("reaches no moe layer", abstract=one(H, INNER), source={"kernel": random(H, INNER)}, quantization=both)
+    for both in ({"linear": "int8_w8a16", "moe": "fp8_per_block"}, dict.fromkeys(("linear", "moe"), "fp8_per_block")):
+        refused("reaches no linear layer", *says, abstract=abstract, source=SOURCE["moe"], quantization=both)
+        refused("reaches no moe layer", abstract=one(H, INNER), source={"kernel": random(H, INNER)}, quantization=both)
+
+
+@pytest.mark.parametrize("change", [{}, {"moe": {"activation": None}}, {"ignore": ["router"]}], ids=str)
+def test_what_a_shorthand_brings_along_may_reach_nothing(change):
+    abstract = nnx.eval_shape(lambda: MoE(MOE, rngs=nnx.Rngs(0)))
+    config = moe_online.OnlineQuantConfig.parse(change, shorthand="fp8_per_block")
+    for once_more in (config, moe_online.OnlineQuantConfig.parse(config), dataclasses.replace(config)):
+        plan = moe_online.plan(abstract, SOURCE["moe"], quantization=once_more)
+        assert [target.rule for target in plan.targets if target.spec is not None] == ["moe", "moe"]
 
 
 def test_layers_that_match_both_ignore_and_targets():
@@ -208,11 +283,60 @@ def test_layers_that_match_both_ignore_and_targets():
     refused("does not define a linear spec", quantization={"targets": {"up": "experts_int8"}})
 
 
+@pytest.mark.parametrize("pattern", ["*", "re:up|plain", "re:moe", "re:moe.experts|norm"])
+def test_targets_of_what_cannot_be_quantized(pattern):
+    """Also where they reach something else."""
+    matched = [name for name in ("plain", "norm", "moe.router") if matches(pattern, name)]
+    assert matched
+    for name in matched:
+        says = f"target {pattern!r} matches {name!r}, which is neither a linear layer nor routed experts"
+        refused(says, "moe_online.flax.Linear", quantization={"targets": {pattern: "int8_w8a16"}})
+    if "plain" in matched:
+        refused("(nnx.Linear; only moe_online.flax.Linear", quantization={"targets": {pattern: "int8_w8a16"}})
+
+
+def test_targets_of_plain_leaves():
+    """In a pytree no layer stands around a matrix."""
+    experts = {"experts": nnx.eval_shape(lambda: MoE(MOE, rngs=nnx.Rngs(0))).experts.get_value()}
+    abstract = experts | {"head": {"kernel": jax.ShapeDtypeStruct((H, INNER), BF16)}}
+    source = {"experts": SOURCE["moe"]["experts"], "head": {"kernel": random(H, INNER)}}
+    for pattern in ("head", "head.kernel", "*"):
+        config = {"targets": {"experts": "int8_w8a16", pattern: "int8_w8a16"}}
+        says = (f"target {pattern!r} matches 'head", "axes not stated")
+        refused(*says, abstract=abstract, source=source, quantization=config)
+
+
+@pytest.mark.parametrize("pattern", ["lm_haed", "up.kernel", "*.up", "re:own"])
+def test_patterns_of_ignore_that_match_nothing(pattern):
+    config = {"moe": "fp8_per_block", "linear": "fp8_per_block", "ignore": ["down", pattern]}
+    refused(f"ignore matches no layers: {pattern}; the model has 2 layers (down, up)", quantization=config)
+
+
 def test_a_block_that_does_not_divide():
     """All offenders at once, experts and dense layers alike."""
     config = {"linear": "int4_per_group", "moe": "int4_per_group"}
     says = (f"{name} (K={k} of shape=" for name, k in (("up.kernel", H), ("down.kernel", INNER), (EXPERTS[1], INNER)))
     refused(*says, f"({INNER}, {H}) must be a multiple of 128", "ignore", quantization=config)
+
+
+class Narrow(nnx.Module):
+    """Each K has a remainder of its own."""
+
+    def __init__(self, *, rngs):
+        moe = MoEConfig(num_experts=E, top_k=1, hidden_size=48, intermediate_size=40)
+        self.moe, self.up = MoE(moe, rngs=rngs), Linear(24, 8, use_bias=False, rngs=rngs)
+
+
+@pytest.mark.parametrize(("activation", "wrong"), [("mxfp8", (48, 40, 24)), ("nvfp4_per_token", (40, 24))])
+def test_inputs_that_do_not_divide(activation, wrong):
+    """The format of a layer's inputs must fit as well as that of its weights: they meet along K."""
+    abstract = nnx.eval_shape(lambda: Narrow(rngs=nnx.Rngs(0)))
+    source = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), nnx.to_pure_dict(nnx.state(abstract)))
+    spec = QuantSpec("int8_per_channel", activation)
+    layers = {"moe.experts.w13_weight": 48, "moe.experts.w2_weight": 40, "up.kernel": 24}
+    says = (f"{name} (inputs: K={k} of shape=" for name, k in layers.items() if k in wrong)
+    says = (*says, f"{len(wrong)} tensors", f"the block of format {activation}")
+    refused(*says, abstract=abstract, source=source, quantization=moe_online.OnlineQuantConfig(spec, spec))
 
 
 def test_a_kernel_that_is_declared_as_quantized():

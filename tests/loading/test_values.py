@@ -102,7 +102,7 @@ def test_plain_leaf_with_stated_axes(weight):
     source = {"mlp": {"wi": stored}, "norm": np.ones(3, np.float32)}
     params, report = quiet_load(abstract, source, quantization=only(weight), mapping={"mlp.wi": "E K N"})
     assert_same_parts(params["mlp"]["wi"], quantize_numpy(swapped(stored), weight))
-    assert [tensor.rule for tensor in report.tensors] == ["moe", "dense"]
+    assert [tensor.rule for tensor in report.tensors] == ["moe", "dense: rank 1"]
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -323,6 +323,24 @@ def test_linen_variables():
     ]
     check_quantized({"l0": params["params"]["block"]["experts"]}, ours(), "fp8_per_block")
     assert_same_bits(params["params"]["block"]["dense"]["kernel"], tree["params"]["block"]["dense"]["kernel"])
+
+
+@pytest.mark.parametrize("quantization", [None, {"moe": "int8_w8a16"}])
+def test_stacked_experts_stay_as_they_are(quantization):
+    """Several layers in one, as nnx.vmap makes them: axis 0 is no expert."""
+    one, several = ours(layers=2)["l0"], {name: np.stack([x, 2 * x]) for name, x in ours()["l0"].items()}
+    tree = {"one": one, "several": several}
+    abstract = declared({"one": one}) | {"several": declared({"one": one})["one"]}
+    abstract["several"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), abstract["several"])
+    params, report = quiet_load(abstract, tree, quantization=quantization)
+    for name, x in several.items():
+        assert_same_bits(getattr(params["several"], name), x)
+    rules = {tensor.name: tensor.rule for tensor in report.tensors}
+    if quantization is not None:
+        check_quantized({"l0": params["one"]}, {"l0": one}, "int8_per_channel")
+        assert rules["several.w13_weight"] == "dense: stacked experts"
+        with pytest.raises(ConfigError, match=r"reaches no leaf.*several.w13_weight \(2, "):
+            moe_online.plan({"several": abstract["several"]}, {"several": several}, quantization=quantization)
 
 
 def test_targets_choose_layers():
