@@ -27,8 +27,10 @@ class TensorReport:
     rule: str  # what chose the scheme
     source_bytes: int
     stored_bytes: int
-    error: float | None  # relative L2 of what quantization changed; None: not quantized
-    worst_expert_error: float | None  # None: not quantized, or no experts
+    quantized: bool
+    # Relative L2 of what quantization changed. None: not quantized, or numbers whose squares f32 cannot hold, or zeros.
+    error: float | None
+    worst_expert_error: float | None  # of the experts of which it can be told
     seconds: float  # device time of its units, reading left out
 
 
@@ -70,8 +72,9 @@ class LoadReport:
             table.add_column("chosen by")
         for name, group in group_by_pattern(self.tensors):
             read, stored = sum(t.source_bytes for t in group), sum(t.stored_bytes for t in group)
-            errors = [_worst(getattr(t, key) for t in group) for key in ("error", "worst_expert_error")]
             first = group[0]
+            keys = ("error", "worst_expert_error") if first.quantized else ()
+            errors = [_worst(getattr(t, key) for t in group) for key in keys] or ["", ""]
             rule = [first.rule] if options.max_width >= WIDE else []
             table.add_row(name, human_bytes(read), human_bytes(stored), first.scheme, *errors, *rule)
         yield table
@@ -98,4 +101,4 @@ class LoadReport:
 
 def _worst(errors: Iterable[float | None]) -> str:
     known = [error for error in errors if error is not None]
-    return f"{100 * max(known):.2f} %" if known else ""
+    return f"{100 * max(known):.2f} %" if known else "-"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,8 @@ from moe_online.loading.quantizer import Compiled, PartLayout, StepCache, alloca
 from moe_online.loading.report import LoadReport, TensorReport
 from moe_online.loading.source import CheckpointSource
 from moe_online.loading.units import Target, Unit, stored_bytes
+
+LEAST_SQUARE = 2.0**-100  # in the mean: then f32 also holds the square of an error that is 2**13 times smaller
 
 
 @dataclasses.dataclass
@@ -205,9 +208,11 @@ def _delete(arrays: Any) -> None:
 
 def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
     error, norm = np.concatenate(leaf.error), np.concatenate(leaf.norm)
-    quantized = target.format is not None
-    each = np.sqrt(error / np.maximum(norm, np.finfo(np.float32).tiny))
-    total = np.sqrt(error.sum(dtype=np.float64) / max(norm.sum(dtype=np.float64), np.finfo(np.float32).tiny))
+    quantized, size = target.format is not None, math.prod(target.shape)
+    worst = None
+    if quantized and not target.is_matrix:
+        each = (_relative_l2(*sums, size // max(len(error), 1)) for sums in zip(error, norm, strict=True))
+        worst = max((found for found in each if found is not None), default=None)
     return TensorReport(
         name=target.name,
         sources=tuple(part.stored.name for part in target.parts),
@@ -216,10 +221,18 @@ def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
         rule=target.rule,
         source_bytes=target.source_bytes(target.shape[0] if target.shape else 1),
         stored_bytes=stored_bytes(target),
-        error=float(total) if quantized else None,
-        worst_expert_error=float(each.max(initial=0.0)) if quantized and not target.is_matrix else None,
+        quantized=quantized,
+        error=_relative_l2(error.sum(dtype=np.float64), norm.sum(dtype=np.float64), size) if quantized else None,
+        worst_expert_error=worst,
         seconds=leaf.seconds,
     )
+
+
+def _relative_l2(error: float, norm: float, size: int) -> float | None:
+    """From sums of `size` squares; None where f32 lost them: of numbers too large, too small, or all zero."""
+    if not math.isfinite(error) or not math.isfinite(norm) or norm <= size * LEAST_SQUARE:
+        return None
+    return math.sqrt(error / norm)
 
 
 def _bar(visible: bool) -> Progress:

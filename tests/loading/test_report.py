@@ -44,10 +44,43 @@ def test_errors_are_those_of_numpy(scheme, unit_bytes):
         assert 0.001 < tensor.error <= tensor.worst_expert_error < 0.05
 
 
-def test_an_expert_of_zeros_has_no_error():
-    tree = {"l0": {name: np.zeros_like(x) for name, x in TREE["l0"].items()}}
-    for tensor in quiet_load(declared(tree), tree, quantization="int8_w8a16").report.tensors:
-        assert tensor.error == tensor.worst_expert_error == 0
+def scaled(magnitude):
+    """One layer, its weights times this."""
+    return {
+        "l0": {name: (x.astype(np.float32) * np.float32(magnitude)).astype(x.dtype) for name, x in TREE["l0"].items()}
+    }
+
+
+def report_of(tree, scheme):
+    return quiet_load(declared(tree), tree, quantization=scheme).report
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e25])
+def test_an_error_that_cannot_be_told(magnitude):
+    """Sums of squares in f32 overflow or vanish; that is no error of 0, and neither NaN nor a warning."""
+    report = report_of(scaled(magnitude), "int8_w8a16")
+    for tensor in report.tensors:
+        assert tensor.quantized
+        assert tensor.error is tensor.worst_expert_error is None
+    assert sum(line.count(" - ") for line in str(report).splitlines()) == 4
+    json.dumps(report.to_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("magnitude", [2.0**-40, 2.0**50])
+def test_errors_do_not_depend_on_the_magnitude(magnitude):
+    reports = (report_of(scaled(factor), "int8_w8a16") for factor in (1, magnitude))
+    for one, other in zip(*(report.tensors for report in reports), strict=True):
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+        assert one.worst_expert_error == pytest.approx(other.worst_expert_error, rel=1e-3)
+
+
+def test_the_worst_expert_is_one_that_can_be_told():
+    zero = {name: np.concatenate([np.zeros_like(x[:1]), x[1:]]) for name, x in TREE["l0"].items()}
+    part = {name: x[1:] for name, x in zero.items()}
+    whole, part = (report_of({"l0": layer}, "fp8_per_block") for layer in (zero, part))
+    for tensor, other in zip(whole.tensors, part.tensors, strict=True):
+        assert 0 < tensor.error == pytest.approx(other.error, rel=1e-5)
+        assert 0 < tensor.worst_expert_error == pytest.approx(other.worst_expert_error, rel=1e-5)
 
 
 def test_json(loaded):
