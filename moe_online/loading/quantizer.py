@@ -1,12 +1,13 @@
 """The functions that turn one unit of source into a part of a finished leaf, compiled once per signature.
 
-They write into preallocated, donated outputs. Experts and chunks of rows are visited one after the other, so what lives
-in f32 is one chunk.
+They write into preallocated, donated outputs. A kernel takes a whole part at once and needs nothing beside it. Through
+XLA experts and chunks of rows are visited one after the other, so what lives in f32 is one chunk.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +20,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
 
 from pallas_kernels import Format, QuantizedArray, quantize
-from pallas_kernels.bits import storage_bits, take
-from pallas_kernels.quantize import matrix_amax
+from pallas_kernels.bits import take, update
+from pallas_kernels.quantize import kernel_for, matrix_amax, quantize_into
 
 CHUNK_ELEMENTS = 2**21  # worked on at once: 8 MiB in f32
 COPIES, PLAIN_COPIES = 4, 2  # of a chunk in f32 that a compiled program may hold: quantizing, copying
@@ -58,7 +59,7 @@ def _rows_of_n(shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
 class Stats:
     """What a unit's step finds out."""
 
-    finite: Any  # bool [parts]
+    finite: Any  # bool [parts, rows]: whether all elements of a row of axis 0 are
     error: Any  # f32 [rows]: sum of squares of what quantization changed, per row of axis 0
     norm: Any  # f32 [rows]: sum of squares of the source
 
@@ -70,13 +71,18 @@ class PartLayout:
     permutation: tuple[int, ...]  # for each axis of the leaf (less S, for a half) the stored axis
     half: int | None
 
+    @property
+    def is_natural(self) -> bool:
+        """Whether a part's axes come in the leaf's order."""
+        return self.permutation == tuple(range(len(self.permutation)))
+
     def take(self, part: Array, starts: Sequence[Array | int], sizes: Sequence[int]) -> Array:
         """A region of a part, in the leaf's order of axes: so many elements from these starts on."""
         stored_starts, stored_sizes = [jnp.int32(0)] * part.ndim, [1] * part.ndim
         for axis, start, size in zip(self.permutation, starts, sizes, strict=True):
             stored_starts[axis], stored_sizes[axis] = jnp.asarray(start, jnp.int32), size
         block = take(part, tuple(stored_starts), tuple(stored_sizes))
-        if self.permutation == tuple(range(part.ndim)):
+        if self.is_natural:
             return block
         # Without the first XLA:GPU transposes a copy of the whole part, without the second XLA:CPU is 10 times slower.
         return row_major(jnp.transpose(row_major(block), self.permutation))
@@ -88,36 +94,50 @@ def row_major(x: Array) -> Array:
     return constrained
 
 
-def quantize_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., tuple[QuantizedArray, Stats]]:
-    """The step `(out, parts, start) -> (out, stats)` of a leaf `[E, (2,) N, K]` that is quantized as `fmt`."""
+def quantize_step(
+    fmt: Format, layouts: Sequence[PartLayout], *, use_kernels: bool = True
+) -> Callable[..., tuple[QuantizedArray, Stats]]:
+    """The step `(out, parts, start) -> (out, stats)` of a leaf `[E, (2,) N, K]` that is quantized as `fmt`.
+
+    Without `use_kernels` it is XLA that can be spread over several devices.
+    """
+
+    def visits(out: QuantizedArray, part: Array, layout: PartLayout, start: Array) -> Sequence[_Whole | _Half]:
+        if use_kernels and layout.is_natural and kernel_for(out, part, layout.half) is not None:
+            return [_Whole(part, layout.half, start)]
+        halves = (layout.half,) if layout.half is not None or out.ndim == 3 else range(out.shape[1])
+        return [_Half(part, layout, half, out.shape, fmt, start) for half in halves]
 
     def step(out: QuantizedArray, parts: Sequence[Array], start: Array) -> tuple[QuantizedArray, Stats]:
         zeros = jnp.zeros((_rows(parts, layouts),), jnp.float32)
-        halves = [
-            (i, _Half(part, layout, half, out.shape, fmt, start))
-            for i, (part, layout) in enumerate(zip(parts, layouts, strict=True))
-            for half in ((layout.half,) if layout.half is not None or out.ndim == 3 else range(out.shape[1]))
-        ]
+        by_part = [visits(out, part, layout, start) for part, layout in zip(parts, layouts, strict=True)]
         amax = None
         if fmt.whole_matrix:  # one scale for both halves: it has to be known before the first is quantized
             amax = zeros
-            for _, each in halves:
+            for each in itertools.chain(*by_part):
                 amax = each.amax(amax)
         carry: Any = out, zeros, zeros
-        finite = [jnp.bool_(True)] * len(parts)
-        for i, each in halves:
-            carry, is_finite = each.quantize(carry, amax)
-            finite[i] &= is_finite
+        finite = []
+        for visited in by_part:
+            is_finite = jnp.ones(zeros.shape, jnp.bool_)
+            for each in visited:
+                carry, found = each.quantize(carry, amax)
+                is_finite &= found
+            finite.append(is_finite)
         out, error, norm = carry
         return out, Stats(finite=jnp.stack(finite), error=error, norm=norm)
 
     return step
 
 
-def matrix_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., tuple[QuantizedArray, Stats]]:
+def matrix_step(
+    fmt: Format, layouts: Sequence[PartLayout], *, use_kernels: bool = True
+) -> Callable[..., tuple[QuantizedArray, Stats]]:
     """The step of a leaf `[N, K]`: that of one expert."""
     step = quantize_step(
-        fmt, [PartLayout(permutation=(0, *(axis + 1 for axis in each.permutation)), half=None) for each in layouts]
+        fmt,
+        [PartLayout(permutation=(0, *(axis + 1 for axis in each.permutation)), half=None) for each in layouts],
+        use_kernels=use_kernels,
     )
 
     def one(out: QuantizedArray, parts: Sequence[Array], start: Array) -> tuple[QuantizedArray, Stats]:
@@ -125,6 +145,26 @@ def matrix_step(fmt: Format, layouts: Sequence[PartLayout]) -> Callable[..., tup
         return jax.tree.map(lambda x: x.reshape(x.shape[1:]), found), stats
 
     return one
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    """A part that lies like the leaf, given to a kernel."""
+
+    part: Array
+    half: int | None
+    start: Array
+
+    def amax(self, so_far: Array) -> Array:
+        """The largest magnitude of each expert, here or so far."""
+        found = matrix_amax(self.part)
+        return jnp.maximum(so_far, found if found.ndim == 1 else jnp.max(found, axis=1))
+
+    def quantize(self, carry: Any, amax: Array | None) -> tuple[Any, Array]:
+        """As `_Half.quantize`."""
+        out, error, norm = carry
+        out, loss = quantize_into(out, self.part, self.start, half=self.half, amax=amax)
+        return (out, error + loss.error, norm + loss.norm), loss.finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +196,7 @@ class _Half:
         """Writes codes and scales into `carry`: the leaf, squares of the error and of the source, by expert.
 
         Returns:
-          The carry, and whether all was finite.
+          The carry, and for each expert whether all of it was finite.
         """
         n, fmt = self.shape[-2], self.fmt
 
@@ -164,15 +204,15 @@ class _Half:
             (out, error, norm), finite = carry
             q = quantize(x, fmt, amax=None if amax is None else amax[expert])
             at: tuple[Array | int, ...] = (self.start + expert, *self.lead)
-            values = _update(out.values, q.values, (*at, row, 0))
-            scales = _update(out.scales, q.scales, (*at, 0, row // (fmt.block[0] or n)))
-            second = None if q.global_scale is None else _update(out.global_scale, q.global_scale, at)
+            values = update(out.values, q.values, (*at, row, 0))
+            scales = update(out.scales, q.scales, (*at, 0, row // (fmt.block[0] or n)))
+            second = None if q.global_scale is None else update(out.global_scale, q.global_scale, at)
             error = error.at[expert].add(jnp.sum(jnp.square(q.dequantize(jnp.float32) - x)))
             norm = norm.at[expert].add(jnp.sum(jnp.square(x)))
             out = QuantizedArray(values=values, scales=scales, global_scale=second, format=fmt)
-            return (out, error, norm), finite & _is_finite(x)
+            return (out, error, norm), finite.at[expert].min(_is_finite(x))
 
-        result: tuple[Any, Array] = self._for_chunks(chunk, (carry, jnp.bool_(True)))
+        result: tuple[Any, Array] = self._for_chunks(chunk, (carry, jnp.ones(carry[1].shape, jnp.bool_)))
         return result
 
     def _for_chunks(self, body: Callable[[Any, Array, Array, Array], Any], carry: Any) -> Any:
@@ -207,27 +247,30 @@ def copy_step(stored: jax.ShapeDtypeStruct, layouts: Sequence[PartLayout]) -> Ca
             sizes = (*inner, n_rows, *rest[-1:])
             at, sizes = at[len(at) - len(rest) :], sizes[len(sizes) - len(rest) :]  # below rank 3 there is no N
             x = layout.take(part, (first, *at), (rows, *sizes)).astype(out.dtype)
-            out = _update(out, x[:, None] if lead else x, (start + first, *lead, *at))
-            return out, finite & _is_finite(x)
+            out = update(out, x[:, None] if lead else x, (start + first, *lead, *at))
+            found = lax.dynamic_slice(finite, (first,), (rows,)) & _is_finite(x, axes=range(1, x.ndim))
+            return out, lax.dynamic_update_slice(finite, found, (first,))
 
         def some_rows(first: Array, rows: int, carry: Any) -> Any:
             return _for_chunks(n, n_per_chunk, start, lambda *args: chunk(first, rows, *args), carry)
 
-        result: tuple[Array, Array] = _for_chunks(size, min(per_chunk, size), start, some_rows, (out, jnp.bool_(True)))
+        result: tuple[Array, Array] = _for_chunks(
+            size, min(per_chunk, size), start, some_rows, (out, jnp.ones((size,), jnp.bool_))
+        )
         return result
 
     def step(out: Array, parts: Sequence[Array], start: Array) -> tuple[Array, Stats]:
+        zeros = jnp.zeros((_rows(parts, layouts),), jnp.float32)
         finite = []
         for part, layout in zip(parts, layouts, strict=True):
             if part.size == 0:
-                finite.append(jnp.bool_(True))
+                finite.append(jnp.ones(zeros.shape, jnp.bool_))
             elif part.ndim == 0:
                 out = part.astype(out.dtype)
-                finite.append(_is_finite(out))
+                finite.append(_is_finite(out).reshape(1))
             else:
                 out, is_finite = copy_part(out, part, layout, start)
                 finite.append(is_finite)
-        zeros = jnp.zeros((_rows(parts, layouts),), jnp.float32)
         return out, Stats(finite=jnp.stack(finite), error=zeros, norm=zeros)
 
     return step
@@ -249,25 +292,10 @@ def _for_chunks(total: int, size: int, start: Array, body: Callable[[Array, int,
     return loop(whole * size, 1, rest, carry) if rest else carry
 
 
-def _update(out: Array, new: Array, at: Sequence[Array | int]) -> Array:
-    """Writes `new`, whose leading axes of size 1 may be left out, at this place.
-
-    As bits: XLA:CPU writes small floats twenty times slower. Reinterpreted here, inside of the loop, it costs nothing;
-    outside it would copy all of `out`.
-    """
-    new = new.reshape(*(1,) * (out.ndim - new.ndim), *new.shape)
-    bits = storage_bits(out.dtype)
-    old, new = (x if x.dtype == bits else lax.bitcast_convert_type(x, bits) for x in (out, new))
-    written: Array = lax.dynamic_update_slice(old, new, [jnp.asarray(start, jnp.int32) for start in at])
-    if bits == out.dtype:
-        return written
-    reals: Array = lax.bitcast_convert_type(written, out.dtype)
-    return reals
-
-
-def _is_finite(x: Array) -> Array:
-    """Whether no element is NaN or infinite. A maximum would not do: XLA:CPU's drops NaN."""
-    return jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.floating) else jnp.bool_(True)
+def _is_finite(x: Array, axes: Sequence[int] | None = None) -> Array:
+    """Whether no element along these axes (all) is NaN or infinite. A maximum would not do: XLA:CPU's drops NaN."""
+    axes = range(x.ndim) if axes is None else axes
+    return jnp.all(jnp.isfinite(x), axis=tuple(axes))
 
 
 def _rows(parts: Sequence[Array], layouts: Sequence[PartLayout]) -> int:
@@ -305,13 +333,16 @@ class StepCache:
 
 
 def _compile(stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
+    devices = {device for leaf in jax.tree.leaves(stored) for device in leaf.sharding.device_set}
     if isinstance(stored, QuantizedArray):
-        step: Any = (matrix_step if stored.ndim == 2 else quantize_step)(stored.format, layouts)
+        make = matrix_step if stored.ndim == 2 else quantize_step
+        step: Any = make(stored.format, layouts, use_kernels=len(devices) == 1)
     else:
         step = copy_step(stored, layouts)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, stored)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    compiled = jitted.lower(stored, list(parts), jax.ShapeDtypeStruct((), np.int32)).compile()
+    with jax.default_device(next(iter(devices))):  # where kernels will run
+        compiled = jitted.lower(stored, list(parts), jax.ShapeDtypeStruct((), np.int32)).compile()
     analysis = compiled.memory_analysis()
     return Compiled(compiled, 0 if analysis is None else analysis.temp_size_in_bytes)
 

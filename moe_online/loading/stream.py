@@ -43,7 +43,9 @@ class _Failures:
     """What went wrong; a load goes on to the end, so that one error names every tensor."""
 
     corrupt: list[CorruptCheckpoint] = dataclasses.field(default_factory=list)
-    not_finite: dict[str, None] = dataclasses.field(default_factory=dict)
+    not_finite: dict[str, int | None] = dataclasses.field(
+        default_factory=dict
+    )  # the first expert, where there are some
 
     def raise_if_any(self, source: str) -> None:
         """Raises CorruptCheckpoint or NonFiniteWeight for all tensors together."""
@@ -54,8 +56,10 @@ class _Failures:
                 names=names,
             ) from self.corrupt[0]
         if self.not_finite:
+            experts = (f" (first in expert {at})" if at is not None else "" for at in self.not_finite.values())
+            where = [name + expert for name, expert in zip(self.not_finite, experts, strict=True)]
             raise NonFiniteWeight(
-                f"{source} has NaN or infinite elements in {listed(list(self.not_finite), 'tensor')}; no scale can "
+                f"{source} has NaN or infinite elements in {listed(where, 'tensor')}; no scale can "
                 "represent them. The training run has diverged or the file is damaged: load an earlier checkpoint.",
                 names=self.not_finite,
             )
@@ -187,8 +191,9 @@ def _store(
         _delete(parts)
     stats = jax.device_get(stats)
     for source, finite in zip(target.parts, stats.finite, strict=True):
-        if not finite:
-            failures.not_finite[source.stored.name] = None
+        if not finite.all():
+            first = int(unit.start + np.argmin(finite)) if len(target.shape) > 2 else None
+            failures.not_finite.setdefault(source.stored.name, first)
     leaf.error.append(stats.error)
     leaf.norm.append(stats.norm)
     leaf.seconds += time.perf_counter() - begin

@@ -2,4 +2,7 @@
 
 from pallas_kernels.quantize.api import matrix_amax as matrix_amax
 from pallas_kernels.quantize.api import quantize as quantize
+from pallas_kernels.quantize.into import QuantizationLoss as QuantizationLoss
+from pallas_kernels.quantize.into import kernel_for as kernel_for
+from pallas_kernels.quantize.into import quantize_into as quantize_into
 from pallas_kernels.quantize.quotient import quotient as quotient

@@ -49,11 +49,11 @@ def quotient(x: Float[Array, "*shape"], scale: Float[Array, "*#shape"]) -> Float
     q = q + step * unit
 
     # 2**exponent in two factors: the exponent alone may leave the range of a normal number.
-    first = exponent // 2
+    first = exponent >> 1
     q = (q * _power_of_two(first)) * _power_of_two(exponent - first)
     q = _from_bits(lax.bitcast_convert_type(q, jnp.uint32) | (x_bits & _SIGN))
-    q = jnp.where(jnp.abs(x) < np.finfo(np.float32).tiny, jnp.zeros_like(q), q)
-    return jnp.where(jnp.isfinite(x) & jnp.isfinite(scale), q, jnp.full_like(q, jnp.nan))
+    q = jnp.where(jnp.abs(x) < np.finfo(np.float32).tiny, np.float32(0), q)
+    return jnp.where(_is_finite(x) & _is_finite(scale), q, np.float32(np.nan))
 
 
 class Divisor(NamedTuple):
@@ -69,9 +69,9 @@ def divisor(scale: Float[Array, "*shape"]) -> Divisor:
     bits = lax.bitcast_convert_type(scale, jnp.uint32)
     mantissa = _from_bits((bits & _MANTISSA) | _ONE)
     power = _power_of_two(-(_exponent(bits) - 127))
-    power = jnp.where(jnp.isfinite(scale), power, np.float32(np.nan))
+    power = jnp.where(_is_finite(scale), power, np.float32(np.nan))
     # The barrier keeps them from being computed anew for every element.
-    return Divisor(*lax.optimization_barrier((mantissa, _divide(jnp.ones_like(mantissa), mantissa), power)))
+    return Divisor(*lax.optimization_barrier((mantissa, _divide(np.float32(1), mantissa), power)))
 
 
 def divide(x: Float[Array, "*shape"], by: Divisor) -> Float[Array, "*shape"]:
@@ -92,15 +92,19 @@ def divide(x: Float[Array, "*shape"], by: Divisor) -> Float[Array, "*shape"]:
     return _from_bits(bits | (lax.bitcast_convert_type(x, jnp.uint32) & _SIGN))
 
 
-def _divide(m: jax.Array, n: jax.Array) -> jax.Array:
+def _divide(m: jax.Array | np.float32, n: jax.Array) -> jax.Array:
     """The quotient within a few units in the last place, however the backend divides."""
     return m / n
 
 
 def _residual(m: jax.Array, n: jax.Array, q: jax.Array) -> jax.Array:
     """`m - q * n`, exact where `q` is within one unit of the quotient."""
-    (q_high, q_low), (n_high, n_low) = _halves(q), _halves(n)
+    (q_high, q_low), (n_high, n_low) = halves(q), halves(n)
     return (((m - q_high * n_high) - q_high * n_low) - q_low * n_high) - q_low * n_low
+
+
+def _is_finite(v: jax.Array) -> jax.Array:
+    return jnp.abs(v) < np.float32(np.inf)  # a kernel has no `isfinite`
 
 
 def _from_bits(bits: jax.Array) -> jax.Array:
@@ -115,6 +119,7 @@ def _power_of_two(exponent: jax.Array) -> jax.Array:
     return _from_bits((exponent + 127).astype(jnp.uint32) << 23)
 
 
-def _halves(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+def halves(v: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
+    """Two numbers of 12 significant bits at most that add up to `v`: their products with such numbers are exact."""
     high = _from_bits(lax.bitcast_convert_type(v, jnp.uint32) & _HIGH_HALF)
     return high, v - high

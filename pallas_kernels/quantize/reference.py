@@ -11,11 +11,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import codes
-from pallas_kernels.formats import E4M3_MAX, SMALLEST_NORMAL, Format, QuantizedArray
-from pallas_kernels.quantize.quotient import Divisor, divide, divisor, quotient
+from pallas_kernels.formats import SMALLEST_NORMAL, Format, QuantizedArray
+from pallas_kernels.quantize.quotient import Divisor, divide
+from pallas_kernels.quantize.scales import block_scales, encode_scale
 
 AxisNames = tuple[str, ...]
-_MANTISSA, _INFINITY = 0x007FFFFF, 0x7F800000  # bits of f32
 
 
 def quantize(
@@ -28,68 +28,28 @@ def quantize(
 ) -> QuantizedArray:
     """Quantizes `x`; see `pallas_kernels.quantize`."""
     x = _without_subnormals(x)
-    blocks = _block_amax(x, *fmt.block)
+    blocks, encode, second = _block_amax(x, *fmt.block), None, None
     if fmt.two_level:
         whole = _block_amax(x, fmt.global_rows, None) if amax is None else amax[..., None, None]
-        return _two_level(x, fmt, blocks, _shared(whole, fmt, shared_axes, axis_names))
-    if fmt.block == (None, None) and amax is not None:
-        blocks = amax[..., None, None]
-    blocks = _shared(blocks, fmt, shared_axes, axis_names)
-    return (_power_of_two if fmt.arithmetic == "power_of_two" else _linear)(x, fmt, blocks)
+        encode, second = encode_scale(_shared(whole, fmt, shared_axes, axis_names), fmt)
+        second = second[..., 0] if fmt.global_rows else second[..., 0, 0]
+    else:
+        if fmt.whole_matrix and amax is not None:
+            blocks = amax[..., None, None]
+        blocks = _shared(blocks, fmt, shared_axes, axis_names)
+    scales = block_scales(blocks, fmt, encode)
+    if isinstance(scales.by, Divisor):
+        units = divide(x, Divisor(*(_spread(part, x, fmt.block) for part in scales.by)))
+    else:
+        units = x * _spread(scales.by, x, fmt.block)
+    return QuantizedArray(
+        values=_stored(units, fmt), scales=jnp.swapaxes(scales.stored, -1, -2), global_scale=second, format=fmt
+    )
 
 
 def matrix_amax(x: Float[Array, "*batch N K"]) -> Float[Array, "*batch"]:
     """Largest magnitude of each matrix; see `pallas_kernels.quantize.matrix_amax`."""
     return _block_amax(_without_subnormals(x), None, None)[..., 0, 0]
-
-
-def _linear(x: jax.Array, fmt: Format, amax: jax.Array) -> QuantizedArray:
-    """A scale in f32 per block."""
-    amax = jnp.maximum(amax, np.float32(fmt.amax_floor))
-    scales = jnp.maximum(quotient(amax, jnp.float32(fmt.code_max)), np.float32(fmt.scale_floor))
-    if fmt.zero_scale is not None:
-        scales = jnp.where(amax == 0, np.float32(fmt.zero_scale), scales)
-    match fmt.arithmetic:
-        case "divide":
-            units = divide(x, Divisor(*(_spread(part, x, fmt.block) for part in divisor(scales))))
-        case "reciprocal":
-            units = x * _spread(quotient(jnp.ones_like(scales), scales), x, fmt.block)
-        case _:
-            units = x * _spread(quotient(jnp.full_like(amax, fmt.code_max), amax), x, fmt.block)
-    return QuantizedArray(values=_stored(units, fmt), scales=jnp.swapaxes(scales, -1, -2), format=fmt)
-
-
-def _power_of_two(x: jax.Array, fmt: Format, amax: jax.Array) -> QuantizedArray:
-    """An exponent per block, from the bits: backends do not agree about logarithms."""
-    limit, floor = (int(np.float32(value).view(np.int32)) for value in (fmt.amax_limit, fmt.amax_floor))
-    bits = jnp.maximum(lax.bitcast_convert_type(amax, jnp.int32), floor)
-    above = (bits & _MANTISSA) > (limit & _MANTISSA)
-    exponent = (bits >> 23) - (limit >> 23) + above.astype(jnp.int32)
-    exponent = jnp.where(amax == 0, 0, jnp.clip(exponent, -126, 127))
-    scales = jnp.where(bits >= _INFINITY, codes.E8M0_NAN, exponent + codes.E8M0_ONE).astype(jnp.uint8)
-    inverse = lax.bitcast_convert_type((codes.E8M0_ONE - exponent) << 23, jnp.float32)
-    units = x * _spread(inverse, x, fmt.block)
-    return QuantizedArray(values=_stored(units, fmt), scales=jnp.swapaxes(scales, -1, -2), format=fmt)
-
-
-def _two_level(x: jax.Array, fmt: Format, amax: jax.Array, whole: jax.Array) -> QuantizedArray:
-    """A scale in e4m3 per block and one in f32 over them; `whole` is the amax that belongs to the latter."""
-    whole = jnp.maximum(whole, np.float32(fmt.amax_floor))
-    largest = jnp.float32(fmt.code_max * E4M3_MAX)
-    encode = quotient(jnp.broadcast_to(largest, whole.shape), whole)
-    # The barrier keeps the order of the two products; the other one the cast, which XLA:GPU would drop.
-    units = lax.optimization_barrier(amax * np.float32(1 / fmt.code_max))
-    scales = jnp.clip(encode * units, -E4M3_MAX, E4M3_MAX).astype(fmt.scale_dtype)
-    scales = lax.optimization_barrier(scales)
-    real = scales.astype(jnp.float32)
-    inverse = jnp.where(real == 0, np.float32(0), quotient(encode, jnp.where(real == 0, np.float32(1), real)))
-    second = quotient(whole, largest)[..., 0]
-    return QuantizedArray(
-        values=_stored(x * _spread(inverse, x, fmt.block), fmt),
-        scales=jnp.swapaxes(scales, -1, -2),
-        global_scale=second if fmt.global_rows else second[..., 0],
-        format=fmt,
-    )
 
 
 def _stored(units: jax.Array, fmt: Format) -> jax.Array:

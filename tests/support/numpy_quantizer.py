@@ -155,7 +155,8 @@ def _nvfp4(x, shared_axes, *, per_token):
     if shared_axes and not per_token:
         whole = np.broadcast_to(whole.max(axis=shared_axes, keepdims=True), whole.shape)
     whole = np.maximum(whole, np.float32(1e-8))
-    encode = np.float32(2688) / whole
+    second = whole / np.float32(2688)
+    encode = np.float32(1) / second if per_token else np.float32(2688) / whole
     codes, scales = np.zeros(x.shape, E2M1), np.zeros((*lead, k // 16, n), E4M3)
     for block in range(k // 16):
         part = x[..., 16 * block : 16 * (block + 1)]
@@ -165,7 +166,6 @@ def _nvfp4(x, shared_axes, *, per_token):
         inverse = np.where(real == 0, np.float32(0), encode / np.where(real == 0, np.float32(1), real))
         codes[..., 16 * block : 16 * (block + 1)] = np.clip(part * inverse, -6, 6).astype(E2M1)
         scales[..., block, :] = scale[..., 0]
-    second = whole / np.float32(2688)
     return codes, scales, second[..., 0] if per_token else second[..., 0, 0]
 
 

@@ -7,23 +7,22 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.devices import num_cores, target_device
+from pallas_kernels.devices import num_cores
 from pallas_kernels.formats import QuantizedArray
 from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT, MosaicGpuConfig, heuristic
 from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles, plan_work
+from pallas_kernels.hopper import unsupported_here
 
 __all__ = ["MosaicGpuConfig", "run", "unsupported"]
 
-FIRST_JAX = (0, 11)
-HOPPER = ("H100", "H200", "GH200", "H800", "H20")  # in `device_kind`
 UNSUPPORTED_ACTIVATIONS = {"gelu": "error function"}
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def unsupported(call: Call) -> str | None:
     """Why it cannot serve a call, or None."""
-    return unsupported_anywhere(call) or _unsupported_here()
+    return unsupported_anywhere(call) or unsupported_here()
 
 
 def unsupported_anywhere(call: Call) -> str | None:
@@ -61,15 +60,6 @@ def _unsupported_config(call: Call) -> str | None:
     if call.epilogue is not None and config.warpgroup_n < 128:
         return f"{config} gives a warpgroup {config.warpgroup_n} columns; with an epilogue it needs 128, gate and up"
     return f"{config.block_n=} is above N={n}" if config.block_n > n else None
-
-
-def _unsupported_here() -> str | None:
-    if jax.__version_info__[:2] < FIRST_JAX:
-        return f"it needs jax >= 0.11, and this is {jax.__version__}"
-    device = target_device()
-    if device.platform != "gpu" or any(chip in device.device_kind for chip in HOPPER):
-        return None  # of other platforms, `choose` decides
-    return f"it is for NVIDIA Hopper ({', '.join(HOPPER)}), and this is {device.device_kind}"
 
 
 def run(call: Call) -> jax.Array:
