@@ -1,4 +1,5 @@
-"""The command: `python -m pallas_kernels.bench grouped_matmul`, and `... table FILE.jsonl` for what it wrote."""
+"""The command: `python -m pallas_kernels.bench grouped_matmul`, `... quantize`, and `... table FILE.jsonl` for what
+they wrote."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table.markdown(table.read(args.file)))
         return 0
     try:
-        return _grouped_matmul(args)
+        return _grouped_matmul(args) if args.command == "grouped_matmul" else _quantize(args)
     except ValueError as error:
         parser.error(str(error))
 
@@ -35,15 +36,36 @@ def _grouped_matmul(args: argparse.Namespace) -> int:
     configs, peer_names = read_configs(args.configs), peers.choose(args.peers)
     if peers.TORCH in peer_names:  # jax, not started yet, would take the memory that torch needs
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    return _run(chosen, configs, peer_names, args)
+
+    def bench(log: Callable[[str], None]) -> Any:
+        from pallas_kernels.bench.grouped_matmul import Bench
+
+        return Bench(configs, peer_names, log=log, commit=args.commit)
+
+    return _run(chosen, bench, f"{len(chosen)} cases, {len(configs)} configs", args)
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    from pallas_kernels.bench import quantize
+
+    formats = quantize.WEIGHT_FORMATS if args.formats == "all" else args.formats.split(",")
+    chosen = quantize.select(args.models.split(","), formats)
+    peer_names = list(quantize.PEERS) if args.peers == "all" else args.peers.replace("none", "").split(",")
+    peer_names = [name for name in peer_names if name]
+    unknown = [name for name in peer_names if name not in quantize.PEERS]
+    if unknown:
+        raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(quantize.PEERS)}")
+
+    def bench(log: Callable[[str], None]) -> Any:
+        return quantize.QuantizeBench(peer_names, log=log, commit=args.commit)
+
+    return _run(chosen, bench, f"{len(chosen)} cases", args)
 
 
 def _run(
-    chosen: Sequence[cases.Case], configs: Sequence[Any], peer_names: Sequence[str], args: argparse.Namespace
+    chosen: Sequence[Any], bench: Callable[[Callable[[str], None]], Any], what: str, args: argparse.Namespace
 ) -> int:
     import jax
-
-    from pallas_kernels.bench.grouped_matmul import Bench
 
     start, any_time = time.monotonic(), False
 
@@ -51,12 +73,11 @@ def _run(
         print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
 
     device = jax.devices()[0]
-    log(f"{len(chosen)} cases, {len(configs)} configs, on {device.device_kind} (jax {jax.__version__})")
+    log(f"{what}, on {device.device_kind} (jax {jax.__version__})")
     if device.platform == "cpu":
         log("NO ACCELERATOR: times are the host's clock on a CPU, say nothing of a device, and stand in `wall_us` only")
-    bench = Bench(configs, peer_names, log=log, commit=args.commit)
     with args.out.open("a") as out:
-        for rows in bench.run(chosen):
+        for rows in bench(log).run(chosen):
             for row in rows:
                 any_time = any_time or row.best
                 out.write(row.to_json() + "\n")
@@ -97,8 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0, help="of routing and data")
     run.add_argument("--peers", default="all", help="all, none, or names with commas")
     run.add_argument("--configs", help="JSON list of kernel configs, or a file of it; null is the heuristic's choice")
-    run.add_argument("--commit", help="for the rows, where this is no git checkout")
-    run.add_argument("--out", type=Path, required=True, help="JSON lines; rows are appended")
+    into = commands.add_parser("quantize", help="measure the quantization of whole leaves")
+    into.add_argument("--models", default="mixtral", help="names with commas: " + ", ".join(cases.MODELS))
+    into.add_argument("--formats", default="all", help="all, or names of weight formats with commas")
+    into.add_argument("--peers", default="all", help="all, none, or names with commas")
+    for each in (run, into):
+        each.add_argument("--commit", help="for the rows, where this is no git checkout")
+        each.add_argument("--out", type=Path, required=True, help="JSON lines; rows are appended")
     show = commands.add_parser("table", help="print rows as markdown")
     show.add_argument("file", type=Path)
     return parser

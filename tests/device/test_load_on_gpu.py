@@ -13,11 +13,16 @@ from flax import nnx
 
 import gpu_peak
 from by_name import assert_same_parts, by_name
+from leaves import amax_of, check_loss, leaf, weights
+from moe_online import load
 from moe_online.evaluate import evaluate, log_probabilities
+from moe_online.experts import abstract_experts
 from moe_online.schemes import SHORTHANDS
-from numpy_quantizer import BLOCKS, quantize_numpy
+from numpy_quantizer import BLOCKS, WEIGHTS, quantize_numpy
 from pallas_kernels import quantize
+from pallas_kernels.quantize import kernel_for, quantize_into
 from shipped import heldout, load_shipped
+from special_numbers import cast, special
 from tolerance import assert_same_bits
 
 pytestmark = [
@@ -46,6 +51,49 @@ def test_quantize_has_numpys_bits(name, dtype):
     expected = quantize_numpy(x, name)
     for function in (quantize, jax.jit(quantize, static_argnums=1)):
         assert_same_parts(function(jnp.asarray(x), by_name(name)), expected)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_experts_quantized_in_place_have_numpys_bits(name):
+    """By the kernel: ordinary numbers, and those that quantizers get wrong."""
+    rows = cast(special(), ml_dtypes.bfloat16).reshape(-1, 384)
+    hard = np.resize(rows, (1, 1, 128, 384))
+    for x in (weights((4, 2, 384, 1280)), weights((3, 2, 128, 4096), seed=1), hard):
+        out = leaf(name, x.shape)
+        assert kernel_for(out, jnp.asarray(x)) is not None
+        out, loss = jax.jit(quantize_into)(out, jnp.asarray(x), 0, amax=amax_of(out, x))
+        assert_same_parts(out, quantize_numpy(x, name, shared_axes=(1,)))
+        if x is not hard:
+            check_loss(loss, x, name)
+
+
+@pytest.mark.parametrize("name", ["fp8_per_channel", "mxfp4", "nvfp4", "fp8_per_tensor"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_kernels_tell_what_is_not_finite(name, value):
+    x = weights()
+    x[2, 1, 100, 201] = value
+    out = leaf(name)
+    _, loss = jax.jit(quantize_into)(out, jnp.asarray(x), 0, amax=amax_of(out, x))
+    assert np.asarray(loss.finite).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("scheme", sorted(SHORTHANDS))
+def test_experts_that_lie_like_the_leaf_have_the_bits_of_the_cpu(scheme):
+    """Kernels take them whole; gate and up together, and apart."""
+    w13, w2 = weights((4, 2, 256, 384)), weights((4, 2, 384, 256))[:, 0]
+    abstract = {"moe": abstract_experts(4, 384, 256, jnp.bfloat16)}
+    mapping = {"g": "E N K -> moe.w13_weight.gate", "u": "E N K -> moe.w13_weight.up", "d": "E N K -> moe.w2_weight"}
+    for source, rules in (
+        ({"moe": {"w13_weight": w13, "w2_weight": w2}}, None),
+        ({"g": w13[:, 0].copy(), "u": w13[:, 1].copy(), "d": w2}, mapping),
+    ):
+        here = load(abstract, source, quantization=scheme, mapping=rules, unit_bytes=w13.nbytes // 2, progress=False)
+        with jax.default_device(jax.devices("cpu")[0]):
+            there = load(abstract, source, quantization=scheme, mapping=rules, progress=False)
+        for found, expected in zip(jax.tree.leaves(here.params), jax.tree.leaves(there.params), strict=True):
+            assert_same_bits(found, expected)
+        for found, expected in zip(here.report.tensors, there.report.tensors, strict=True):
+            assert found.error == pytest.approx(expected.error, rel=1e-3)
 
 
 def test_model_runs_as_on_the_cpu():
