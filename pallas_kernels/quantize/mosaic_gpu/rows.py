@@ -20,7 +20,7 @@ from pallas_kernels.quantize.mosaic_gpu.registers import THREADS, flushed, numbe
 from pallas_kernels.quantize.scales import block_scales
 
 ROWS = 4  # of a program, one after the other
-VECTOR, UNROLL = 8, 1  # elements that a thread has at a time, and how often in a step
+VECTOR, UNROLL = 8, 2  # elements that a thread has at a time, and how often in a step
 
 
 def quantize_rows(

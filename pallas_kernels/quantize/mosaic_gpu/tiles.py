@@ -26,7 +26,7 @@ from pallas_kernels.quantize.quotient import Divisor, quotient
 from pallas_kernels.quantize.scales import block_scales, encode_scale
 
 ROW_BYTES = 128  # of a row of the source in shared memory: what a swizzle spans
-STEPS, STAGES = 16, 2  # tiles along K that a program visits at most, and those on their way at once
+STEPS, STAGES = 8, 2  # tiles along K that a program visits at most, and those on their way at once
 FACTOR, SCALE = 0, 1  # in `matrix_constants`
 _PER_ROW = plgpu.Layout.TCGEN05_TMEM_NATIVE(8).reduce(1)
 
@@ -45,7 +45,7 @@ def quantize_tiles(
     *,
     fmt: Format,
     half: int,
-) -> Float[Array, "3 e S parts N"]:
+) -> Float[Array, "3 e S parts"]:
     """Quantizes `x` `[e, S, N, K]` into refs of the finished leaf; N is a multiple of 128, K one of `tile_width`.
 
     Args:
@@ -57,16 +57,16 @@ def quantize_tiles(
       half: Where S begins in the leaf.
 
     Returns:
-      Sums of squares of the error and of the source, and largest magnitudes, of parts of each row.
+      Sums of squares of the error and of the source, and largest magnitudes, of parts of each matrix.
     """
     experts, halves, n, width = x.shape
     tile = tile_width(fmt) * 2 // x.dtype.itemsize
     steps = math.gcd(width // tile, STEPS)
-    stages = min(STAGES, steps)
+    stages, parts = min(STAGES, steps), (width // (tile * steps), n // THREADS)
     kernel = plgpu.kernel(
         functools.partial(_kernel, fmt=fmt, half=half, steps=steps),
-        out_type=jax.ShapeDtypeStruct((3, experts, halves, width // (tile * steps), n), jnp.float32),
-        grid=(experts, halves, width // (tile * steps), n // THREADS),
+        out_type=jax.ShapeDtypeStruct((3, experts, halves, math.prod(parts)), jnp.float32),
+        grid=(experts, halves, *parts),
         grid_names=("expert", "half", "part", "row_tile"),
         kernel_name=f"quantize_tiles_{fmt.name}",
         scratch_types=[
@@ -108,7 +108,7 @@ def _kernel(
     start_gmem: Any,  # [1]
     values_gmem: Any,  # [E, S_out, N, K]
     scales_gmem: Any,  # [E, S_out, K blocks, N blocks]
-    sums_gmem: Any,  # [3, e, S, parts, N]
+    sums_gmem: Any,  # [3, e, S, parts]
     x_smem: Any,  # [stages, 128, tile]
     values_smem: Any,  # [2, 128, tile]
     loaded: Any,  # barriers [stages]
@@ -155,8 +155,10 @@ def _kernel(
         load(jnp.int32(step))
     zeros = plgpu.layout_cast(jnp.zeros((THREADS,), jnp.float32), _PER_ROW)
     sums = lax.fori_loop(0, steps, quantize_tile, (zeros, zeros, zeros))
-    for i, each in enumerate(sums):
-        sums_gmem[i, expert, s, part, rows] = each
+    error, norm, largest = sums
+    place = part * (x_gmem.shape[2] // THREADS) + row_tile
+    for i, total in enumerate((jnp.sum(error), jnp.sum(norm), jnp.max(largest))):
+        sums_gmem[i, expert, s, place] = total
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -183,28 +185,25 @@ def _quantize_tile(
             begin = max(first - column, 0)
             yield numbers(load(column)[:, begin : begin + min(block, width)], flush=flush)
 
-    values = []
+    values, squares = [], jnp.float32(0)
+    error, norm, largest = sums
     for i, first in enumerate(range(0, tile, block)):
         magnitudes = (jnp.max(jnp.abs(x), axis=1) for piece in pieces(first, flush=False) for x in piece)
         amax = flushed(functools.reduce(jnp.maximum, magnitudes))
         stored, by, scale = _scales(amax, constants, fmt)
         if stored is not None:
             store_scale(i, stored)
-        error, norm, largest = sums
-        changed = block_norm = jnp.float32(0)
+        changes = jnp.float32(0)  # squares are summed in place first: a product and a sum are one instruction
         # Under two levels no subnormal number reaches a code: factors are below 2**48.
         for piece in pieces(first, flush=not fmt.two_level):
             found = [rounded(x, by, fmt) for x in piece]
             values.append(packed(found, dtype))
             for x, each in zip(piece, found, strict=True):
-                changed = changed + jnp.sum(each.error * each.error, axis=1)
-                block_norm = block_norm + jnp.sum(x * x, axis=1)
-        changed = changed * (scale * scale)
-        if fmt.two_level:
-            changed = jnp.where(scale == 0, block_norm, changed)
-        error, norm = error + changed, norm + block_norm
-        sums = error, norm, jnp.maximum(largest, amax)
-    return values[0] if len(values) == 1 else lax.concatenate(values, 1), sums
+                changes = changes + each.error * each.error
+                squares = squares + x * x
+        error, largest = error + jnp.sum(changes, axis=1) * (scale * scale), jnp.maximum(largest, amax)
+    norm = norm + jnp.sum(squares, axis=1)
+    return values[0] if len(values) == 1 else lax.concatenate(values, 1), (error, norm, largest)
 
 
 def _scales(amax: jax.Array, constants: list[jax.Array], fmt: Format) -> tuple[jax.Array | None, Any, jax.Array]:
@@ -231,4 +230,7 @@ def _two_level(amax: jax.Array, constants: list[jax.Array], fmt: Format) -> tupl
         is_set = (bits & np.int32(1 << bit)) != 0
         quotients = [jnp.where(is_set, odd, even) for even, odd in zip(quotients[::2], quotients[1::2], strict=True)]
     power = lax.bitcast_convert_type(np.int32(254 << 23) - (bits & np.int32(0x7F800000)), jnp.float32)
-    return stored, jnp.where(scale == 0, np.float32(0), quotients[0] * power), scale * second
+    # Of a scale of 0 all codes are; a tiny factor in its place gives them, and tells what is lost.
+    is_zero = scale == 0
+    factor = jnp.where(is_zero, np.float32(2**-40), quotients[0] * power)
+    return stored, factor, jnp.where(is_zero, np.float32(2**40), scale * second)
