@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int, Integer
 
 from moe_online.models.decoder import Decoder
 
+_Block = Float[Array | np.ndarray, "batch window V"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -47,7 +49,7 @@ def evaluate(
     *,
     window: int,
     batch: int,
-    reference: Iterable[Float[Array, "batch window V"]] | None = None,
+    reference: Iterable[_Block] | None = None,
 ) -> Evaluation:
     """Predicts each of `tokens` but the first once, in windows that share no context.
 
@@ -71,6 +73,22 @@ def evaluate(
     batch=8)).kl_per_byte`.
     """
     blocks = log_probabilities(model, tokens, window=window, batch=batch)
+    return score(blocks, tokens, window=window, batch=batch, reference=reference)
+
+
+def score(
+    blocks: Iterable[_Block],
+    tokens: Integer[Array | np.ndarray, " N"],
+    *,
+    window: int,
+    batch: int,
+    reference: Iterable[_Block] | None = None,
+) -> Evaluation:
+    """`evaluate` for a model that has read the text already: `blocks` are its `log_probabilities`.
+
+    Raises:
+      ValueError: as `evaluate`.
+    """
     targets = [block[:, 1:] for block in _windows(tokens, window, batch)]
     pairs = ((block, None) for block in blocks) if reference is None else _pairs(blocks, reference)
     # fetched one by one: otherwise every block could be in flight at once
@@ -116,7 +134,7 @@ def _forward(graph: Any, state: Any, tokens: Int[Array, "B S"]) -> Float[Array, 
     return jax.nn.log_softmax(nnx.merge(graph, state)(tokens), axis=-1)
 
 
-def _pairs(blocks: Iterable[jax.Array], reference: Iterable[jax.Array]) -> Iterator[tuple[jax.Array, jax.Array]]:
+def _pairs(blocks: Iterable[_Block], reference: Iterable[_Block]) -> Iterator[tuple[_Block, _Block]]:
     """Checks that both models saw the same windows."""
     for i, (block, other) in enumerate(itertools.zip_longest(blocks, reference)):
         found, needed = (None if b is None else b.shape for b in (other, block))
@@ -130,7 +148,9 @@ def _pairs(blocks: Iterable[jax.Array], reference: Iterable[jax.Array]) -> Itera
 
 @jax.jit
 def _scores(
-    block: Float[Array, "B S V"], reference: Float[Array, "B S V"] | None, targets: Int[Array | np.ndarray, "B S"]
+    block: Float[Array | np.ndarray, "B S V"],
+    reference: Float[Array | np.ndarray, "B S V"] | None,
+    targets: Int[Array | np.ndarray, "B S"],
 ) -> tuple[Array, ...]:
     """Bits of each target; with a reference also KL in bits and whether the likeliest tokens agree."""
     chosen = jnp.take_along_axis(block, targets[:, :, None], axis=-1)[:, :, 0]

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_online import models
 from moe_online.cli import output
 from moe_online.errors import ConfigError
-from moe_online.evaluate import Evaluation, evaluate, log_probabilities
+from moe_online.evaluate import Evaluation, log_probabilities, score
 from moe_online.models.pretrained import PathLike
-from moe_online.schemes import SHORTHANDS, QuantSpec
+from moe_online.schemes import SHORTHANDS, Shorthand, shorthand_names
 
 UNQUANTIZED = "bf16"
+NAME_WIDTH = 16  # characters of a scheme that are shown in one line
 WINDOW, BATCH = 512, 8  # tokens read together, windows per call: one compilation serves the text
 NEW_TOKENS, TEMPERATURE, SEED = 224, 0.5, 2  # of the completion; the likeliest text soon repeats itself
 
@@ -27,8 +27,10 @@ class Row:
     """One scheme, measured."""
 
     scheme: str
-    weight: str | None  # formats; None: not quantized
+    aliases: tuple[str, ...]  # other names for the same
+    weight: str | None  # formats of the experts; None: not quantized
     activation: str | None
+    linear: bool  # whether dense layers are quantized too
     stored_bytes: int  # of the whole model
     peak_bytes: int  # on the device, measured while loading
     planned_peak_bytes: int
@@ -37,6 +39,10 @@ class Row:
     top1_agreement: float  # fraction of bytes for which both find the same one likeliest
     tokens_per_second: float | None  # generated, one sequence; None without a prompt
     seconds: float  # to load
+
+    def percent_more_bits(self, first: Row) -> float:
+        """How many more bits per byte than that scheme needs, in percent."""
+        return 100 * (self.bits_per_byte / first.bits_per_byte - 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,26 +54,26 @@ class Measured:
 
 
 def schemes(*, everything: bool) -> list[str]:
-    """What is compared: the usual ones, or one name for each pair of formats that has a shorthand."""
+    """What is compared: the usual ones, or every shorthand, but one name only for those that stand for the same."""
     usual = [UNQUANTIZED, "fp8_per_channel", "fp8_per_block", "int8_w8a16"]
     if not everything:
         return usual
-    seen = {SHORTHANDS[name].moe for name in usual[1:]}
-    for name, shorthand in SHORTHANDS.items():
-        if shorthand.moe is not None and shorthand.moe not in seen:
-            seen.add(shorthand.moe)
-            usual.append(name)
-    return usual
+    return [*usual, *(name for name in SHORTHANDS if name not in usual and name == _names(SHORTHANDS[name])[0])]
 
 
-def spec_of(scheme: str) -> QuantSpec | None:
-    """What a name that `check_names` accepts does to experts."""
-    return None if scheme == UNQUANTIZED else SHORTHANDS[scheme].moe
+def _names(shorthand: Shorthand) -> list[str]:
+    """All that stand for the same formats."""
+    return [name for name, other in SHORTHANDS.items() if other == shorthand]
+
+
+def quantization(scheme: str) -> str | None:
+    """How `models.load` is told a scheme that `check_names` accepts."""
+    return None if scheme == UNQUANTIZED else scheme
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises ConfigError unless each is `bf16` or a shorthand that quantizes experts."""
-    valid = [UNQUANTIZED, *sorted(name for name, shorthand in SHORTHANDS.items() if shorthand.moe is not None)]
+    """Raises ConfigError unless each is `bf16` or a shorthand."""
+    valid = [UNQUANTIZED, *shorthand_names("moe")]
     unknown = [repr(name) for name in names if name not in valid]
     if unknown:
         raise ConfigError(
@@ -76,7 +82,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def compare(path: PathLike, text: bytes, names: Sequence[str], *, prompt: str | None = None) -> list[Measured]:
-    """Measures a byte-level model under each scheme, behind a progress bar; only its experts are quantized.
+    """Measures a byte-level model under each scheme, loaded as its name says, behind a progress bar.
 
     The first scheme is what the others are compared with. A model is freed before the next is loaded; what the first
     one predicted stays on the host (4 bytes for each of 256 next bytes, so 1 kB per byte of text).
@@ -104,8 +110,7 @@ class _Comparison:
     def measure(self, scheme: str) -> Measured:
         """Loads, evaluates and runs the model under one scheme."""
         self._announce(f"{scheme}: loading")
-        spec = spec_of(scheme)
-        lm = models.load(self._path, quantization=spec, progress=False)
+        lm = models.load(self._path, quantization=quantization(scheme), progress=False)
         self._announce(f"{scheme}: predicting text")
         found = self._evaluate(lm)
         assert found.kl_per_byte is not None and found.top1_agreement is not None  # there is a reference
@@ -113,11 +118,14 @@ class _Comparison:
         if self._prompt is not None:
             self._announce(f"{scheme}: generating")
             completion, tokens_per_second = _generate(lm, self._prompt)
-        weight, activation = (None, None) if spec is None else (spec.weight, spec.activation)
+        shorthand = SHORTHANDS.get(scheme, Shorthand())
+        weight, activation = (shorthand.moe.weight, shorthand.moe.activation) if shorthand.moe else (None, None)
         row = Row(
             scheme=scheme,
+            aliases=tuple(name for name in _names(shorthand) if name != scheme),
             weight=None if weight is None else str(weight),
             activation=None if activation is None else str(activation),
+            linear=any(tensor.rule == "linear" for tensor in lm.report.tensors),
             stored_bytes=lm.report.resident_bytes,
             peak_bytes=lm.report.peak_bytes,
             planned_peak_bytes=lm.report.planned_peak_bytes,
@@ -131,9 +139,10 @@ class _Comparison:
 
     def _evaluate(self, lm: models.CausalLM) -> Evaluation:
         sizes = {"window": WINDOW, "batch": BATCH}
+        blocks: Iterable[jax.Array | np.ndarray] = log_probabilities(lm.model, self._text, **sizes)
         if not self._reference:
-            self._reference = [jax.device_get(block) for block in log_probabilities(lm.model, self._text, **sizes)]
-        return evaluate(lm.model, self._text, **sizes, reference=map(jnp.asarray, self._reference))
+            blocks = self._reference = [jax.device_get(block) for block in blocks]  # its own reference, read once
+        return score(blocks, self._text, **sizes, reference=self._reference)
 
 
 def _generate(lm: models.CausalLM, prompt: np.ndarray) -> tuple[str, float]:

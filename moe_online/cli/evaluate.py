@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from moe_online.errors import ConfigError
 
 ALL = "all"
 NUM_BYTES = 256  # tokens of a byte-level model
-COLUMNS = ("weight", "activation", "stored", "peak", "bits/byte", "vs bf16", "KL", "top-1", "load")
+COLUMNS = ("weight", "activation", "stored", "peak", "bits/byte", "vs {first}", "KL", "top-1", "load")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -22,16 +21,16 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "evaluate",
         help="compare schemes on a model and a text: memory, bits per byte, KL to bf16, top-1 agreement",
         description="Loads a byte-level model in bf16 and under each scheme, lets it predict a text, and prints "
-        "memory, bits per byte, and the distance of its predictions from those of bf16. Schemes quantize the experts "
-        "only: attention, router, embedding and head stay bf16.",
+        "memory, bits per byte, and the distance of its predictions from those of bf16. A scheme quantizes what its "
+        "name stands for when a model is loaded: experts and attention's projections, or experts only.",
     )
     parser.add_argument("path", metavar="PATH", help="a model folder: config.json with vocab_size 256, and checkpoint/")
     parser.add_argument(
         "--schemes",
         metavar="S",
         default=ALL,
-        help=f"names, with commas between; bf16 is always there. {ALL} (the default): one name for each pair of "
-        "formats that has one, without those that do not fit the sizes of the model",
+        help=f"names, with commas between; bf16 is always there. {ALL} (the default): each, those with "
+        "several names once, without those that do not fit the sizes of the model",
     )
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="what to predict (default: the shipped held-out text)"
@@ -88,33 +87,24 @@ def _schemes(names: str, path: str) -> tuple[list[str], list[str]]:
     """
     from moe_online import models
     from moe_online.cli import comparison
+    from moe_online.models.pretrained import read_config
 
-    chosen = comparison.schemes(everything=True) if names == ALL else names.split(",")
+    chosen = [name.strip() for name in names.split(",")]
+    if chosen == [ALL]:
+        chosen = comparison.schemes(everything=True)
     comparison.check_names(chosen)
-    models.plan(path)
-    _check_tokens(path)
-    refused = {}
-    for name in chosen:
-        try:
-            models.plan(path, quantization=comparison.spec_of(name))
-        except ConfigError as error:
-            refused[name] = f"{name}: {error}"
-    if refused and names != ALL:
-        raise ConfigError("; ".join(refused.values()))
-    wanted = [comparison.UNQUANTIZED, *(name for name in chosen if name not in refused)]
-    return list(dict.fromkeys(wanted)), list(refused.values())
-
-
-def _check_tokens(path: str) -> None:
-    """Raises ConfigError unless the tokens of the model in this folder are bytes."""
-    from etils import epath
-
-    from moe_online.models.pretrained import CONFIG_FILE
-
-    file = epath.Path(path) / CONFIG_FILE
-    vocab_size = json.loads(file.read_text())["vocab_size"]
+    vocab_size = read_config(path).vocab_size
     if vocab_size != NUM_BYTES:
         raise ConfigError(
-            f"{file} has vocab_size {vocab_size}; evaluate feeds bytes, so it needs {NUM_BYTES}. For other tokens call "
-            "moe_online.evaluate.evaluate with yours"
+            f"the model in {path} has vocab_size {vocab_size}; evaluate feeds bytes, so it needs {NUM_BYTES}. For "
+            "other tokens call moe_online.evaluate.evaluate with yours"
         )
+    wanted, refused = list(dict.fromkeys([comparison.UNQUANTIZED, *chosen])), {}
+    for name in wanted:
+        try:
+            models.plan(path, quantization=comparison.quantization(name))
+        except ConfigError as error:
+            refused[name] = f"{name}: {error}"
+    if refused and (names.strip() != ALL or comparison.UNQUANTIZED in refused):
+        raise ConfigError("; ".join(refused.values()))
+    return [name for name in wanted if name not in refused], list(refused.values())

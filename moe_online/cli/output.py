@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-PIPED_WIDTH = 120  # columns where there is no terminal to ask
+PIPED_WIDTH = 122  # columns where there is no terminal to ask: what the widest table needs
 
 
 def stdout() -> Console:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moe_online.cli import output
-from moe_online.cli.comparison import Row
-from moe_online.cli.table import percent_more_bits
+from moe_online.cli.comparison import NAME_WIDTH, Row
 from moe_online.errors import ConfigError
 from moe_online.loading.messages import human_bytes
 
@@ -55,7 +55,8 @@ def draw(rows: Sequence[Row], path: Path, *, title: str) -> None:
         last.set_title("Tokens per second, one sequence", loc="left", fontsize=10, color=INK)
     else:
         _disagreement(last, rows)
-    memory.set_yticks(range(len(rows)), [row.scheme for row in rows], color=INK)
+    names = ["\n".join(textwrap.wrap(row.scheme, NAME_WIDTH)) for row in rows]
+    memory.set_yticks(range(len(rows)), names, color=INK)
     memory.invert_yaxis()  # shared: the first scheme on top
     for axes in (memory, loss, last):
         axes.spines[["top", "right", "bottom", "left"]].set_visible(False)
@@ -76,7 +77,7 @@ def _memory(axes: Any, rows: Sequence[Row]) -> None:
 def _loss(axes: Any, rows: Sequence[Row]) -> None:
     """KL rather than the change of bits per byte, which is small, of either sign and mostly chance."""
     first = rows[0]
-    labels = [f"{row.kl:.4f}  (bits/byte {percent_more_bits(row, first):+.2f} %)" for row in rows[1:]]
+    labels = [f"{row.kl:.4f}  (bits/byte {row.percent_more_bits(first):+.2f} %)" for row in rows[1:]]
     _bars(axes, [row.kl for row in rows], [f"{first.bits_per_byte:.4f} bits/byte", *labels], LOSS)
     axes.set_title(f"KL to {first.scheme}, bits per byte", loc="left", fontsize=10, color=INK)
     axes.margins(x=1.0)  # for the long labels

@@ -19,7 +19,7 @@ PICTURE = Path("moe-online-quickstart.png")
 TEXT_BYTES = 16 * 1024
 PROMPT = 'def read_config(path):\n    """'
 SPEAKER = "fp8_per_block"  # the scheme whose completion is shown
-COLUMNS = ("stored", "peak", "bits/byte", "vs bf16", "KL", "tok/s", "load")
+COLUMNS = ("stored", "peak", "bits/byte", "vs {first}", "KL", "tok/s", "load")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from moe_online.cli.comparison import Row
+from moe_online.cli.comparison import NAME_WIDTH, Row
 from moe_online.loading.messages import human_bytes
 
 WORDS = ("weight", "activation")  # columns that are no numbers; where the window is narrow, these wrap
@@ -17,7 +17,7 @@ CELLS: dict[str, Callable[[Row, Row], str]] = {  # of a row and the first one, w
     "stored": lambda row, first: human_bytes(row.stored_bytes),
     "peak": lambda row, first: human_bytes(row.peak_bytes),
     "bits/byte": lambda row, first: f"{row.bits_per_byte:.4f}",
-    "vs bf16": lambda row, first: "" if row is first else f"{percent_more_bits(row, first):+.2f} %",
+    "vs {first}": lambda row, first: "" if row is first else f"{row.percent_more_bits(first):+.2f} %",
     "KL": lambda row, first: "" if row is first else f"{row.kl:.4f}",
     "top-1": lambda row, first: "" if row is first else f"{100 * row.top1_agreement:.1f} %",
     "tok/s": lambda row, first: "" if row.tokens_per_second is None else f"{row.tokens_per_second:.0f}",
@@ -40,6 +40,7 @@ def table(rows: Sequence[Row], columns: Sequence[str], *, text: str) -> Table:
     """
     first = rows[0]
     notes = [note.format(first=first.scheme) for column, note in NOTES.items() if column in columns]
+    notes += [_reach(rows), *_aliases(rows)]
     made = Table(
         title="One model, loaded under each scheme",
         caption=" ".join([f"Predicting {text}.", *notes]),
@@ -49,15 +50,24 @@ def table(rows: Sequence[Row], columns: Sequence[str], *, text: str) -> Table:
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    made.add_column("scheme", no_wrap=True)
+    made.add_column("scheme", max_width=NAME_WIDTH, overflow="fold")
     for column in columns:
         words = column in WORDS
-        made.add_column(column, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+        made.add_column(
+            column.format(first=first.scheme), justify="left" if words else "right", no_wrap=not words, overflow="fold"
+        )
     for row in rows:
         made.add_row(row.scheme, *(CELLS[column](row, first) for column in columns))
     return made
 
 
-def percent_more_bits(row: Row, first: Row) -> float:
-    """How many more bits per byte than the first scheme needs, in percent."""
-    return 100 * (row.bits_per_byte / first.bits_per_byte - 1)
+def _reach(rows: Sequence[Row]) -> str:
+    """Which layers were quantized: what a name stands for when a model is loaded by it."""
+    experts_only = [row.scheme for row in rows if row.weight is not None and not row.linear]
+    but = f"; by {' and '.join(experts_only)} only the experts" if experts_only else ""
+    return f"Quantized, as these names say to models.load: experts and attention's projections{but}."
+
+
+def _aliases(rows: Sequence[Row]) -> list[str]:
+    same = [f"{' and '.join(row.aliases)} for {row.scheme}" for row in rows if row.aliases]
+    return [f"Other names: {', '.join(same)}."] if same else []

@@ -146,8 +146,7 @@ def _logits(graph: Any, state: Any, tokens: Int[Array, "B S"]) -> Float[Array, "
 
 def _declare(path: PathLike, dtype: DTypeLike) -> tuple[Decoder, epath.Path]:
     """The model of a folder, abstract, and where its weights are."""
-    folder = epath.Path(os.fspath(path))
-    config = _read_config(folder)
+    folder, config = epath.Path(os.fspath(path)), read_config(path)
     if not (folder / CHECKPOINT_FOLDER).is_dir():
         raise CheckpointError(
             f"{folder} has a {CONFIG_FILE} but no folder {CHECKPOINT_FOLDER}/ with the Orbax checkpoint beside it"
@@ -156,7 +155,14 @@ def _declare(path: PathLike, dtype: DTypeLike) -> tuple[Decoder, epath.Path]:
     return model, folder / CHECKPOINT_FOLDER
 
 
-def _read_config(folder: epath.Path) -> DecoderConfig:
+def read_config(path: PathLike) -> DecoderConfig:
+    """The config of a model folder.
+
+    Raises:
+      CheckpointNotFound: nothing at the path.
+      CheckpointError: no model folder, or one that cannot be read.
+    """
+    folder = epath.Path(os.fspath(path))
     if not folder.exists():
         raise CheckpointNotFound(f"there is nothing at {folder}; give a folder with {CONFIG_FILE}")
     file = folder / CONFIG_FILE

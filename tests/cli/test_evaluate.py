@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -19,10 +20,13 @@ from moe_online.evaluate import evaluate, log_probabilities
 from moe_online.schemes import SHORTHANDS
 
 FIELDS = {"scheme", "weight", "activation", "stored_bytes", "peak_bytes", "bits_per_byte", "kl", "top1_agreement"}
-EVERY = [  # one for each pair of formats; written out here, so that a change shows
-    "bf16", "fp8_per_channel", "fp8_per_block", "int8_w8a16", "fp8_per_tensor", "fp8_w8a16", "int8_w8a8", "mxfp8",
-    "mxfp4", "nvfp4_per_token", "int4_w4a16", "mxfp4_w4a16", "nvfp4_w4a16",
+LONG = "int8_per_channel_weight_only"
+EVERY = [  # but one of several names for the same; written out here, so that a change shows
+    "bf16", "fp8_per_channel", "fp8_per_block", "int8_w8a16", "fp8_per_tensor", "fp8_w8a16", "int8_w8a8", LONG,
+    "mxfp8", "mxfp4", "nvfp4_per_token", "int4_w4a16", "mxfp4_w4a16", "nvfp4_w4a16",
 ]  # fmt: skip
+ALIASES = {"fp8_per_tensor": ["fp8"], LONG: ["experts_int8"]}
+EXPERTS_ONLY = {"bf16", LONG, "nvfp4_per_token"}  # no dense layer
 
 
 def save_model(folder, **changes):
@@ -40,7 +44,7 @@ def save_model(folder, **changes):
 def fits_all(tmp_path):
     """A model whose sizes are multiples of every block."""
     moe = dataclasses.replace(tiny_decoder.CONFIG.moe, hidden_size=128, intermediate_size=128)
-    return save_model(tmp_path / "fits", hidden_size=128, moe=moe)
+    return save_model(tmp_path / "fits", hidden_size=128, head_dim=32, moe=moe)
 
 
 def run(*arguments):
@@ -66,14 +70,21 @@ def test_all_schemes(fits_all, monkeypatch, tmp_path, capsys):
     picture = tmp_path / "schemes.png"
     rows = run(fits_all, "--schemes", "all", "--text", text, "--plot", picture, tmp_path / "rows.json")
     assert list(rows) == EVERY
+    assert {*EVERY, *itertools.chain(*ALIASES.values())} == {"bf16", *SHORTHANDS}
     out = capsys.readouterr().out
-    assert [out.count(f"\n {scheme} ") for scheme in EVERY] == [1] * len(EVERY)
-    assert "199 bytes of text.txt" in out
+    assert [out.count(f"\n {scheme} ") for scheme in EVERY if scheme != LONG] == [1] * (len(EVERY) - 1)
+    assert out.count(f"\n {LONG[:16]} ") == out.count(f"\n {LONG[16:]} ") == 1
+    words = " ".join(out.split())
+    assert "199 bytes of text.txt" in words
+    assert f"Other names: fp8 for fp8_per_tensor, experts_int8 for {LONG}." in words
+    assert f"attention's projections; by {LONG} and nvfp4_per_token only the experts." in words
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert rows["bf16"] | {"weight": None, "activation": None, "kl": 0.0, "top1_agreement": 1.0} == rows["bf16"]
     for name, row in rows.items():
         assert set(row) >= FIELDS
         assert row["tokens_per_second"] is None
+        assert row["aliases"] == ALIASES.get(name, [])
+        assert row["linear"] == (name not in EXPERTS_ONLY)
         assert row["stored_bytes"] <= row["peak_bytes"] <= row["planned_peak_bytes"]
         if name != "bf16":
             spec = SHORTHANDS[name].moe
@@ -81,24 +92,25 @@ def test_all_schemes(fits_all, monkeypatch, tmp_path, capsys):
             assert row["kl"] > 0
             assert row["stored_bytes"] < rows["bf16"]["stored_bytes"]
     assert rows["mxfp4"]["stored_bytes"] < rows["mxfp8"]["stored_bytes"]
+    assert rows["int8_w8a16"]["stored_bytes"] < rows[LONG]["stored_bytes"]
 
 
 def test_shipped_model(tmp_path, capsys):
     """The numbers are those of `moe_online.evaluate`; the text is the shipped one unless another is named."""
-    names = "int4_w4a16,bf16,int8_w8a16,int8_w8a16"  # bf16 comes first, and each once
+    names = "int4_w4a16, bf16,int8_w8a16 ,int8_w8a16"  # bf16 comes first, and each once
     rows = run(PYTHON_MOE_7M, "--schemes", names, "--bytes", "2000", tmp_path / "rows.json")
     assert list(rows) == ["bf16", "int4_w4a16", "int8_w8a16"]
     assert "2,000 bytes of held-out text" in capsys.readouterr().out
     text = np.frombuffer(HELDOUT_TEXT.read_bytes()[:2001], np.uint8)
     sizes = {"window": comparison.WINDOW, "batch": comparison.BATCH}
     reference = log_probabilities(models.load(PYTHON_MOE_7M, progress=False).model, text, **sizes)
-    lm = models.load(PYTHON_MOE_7M, quantization={"moe": "int4_w4a16"}, progress=False)
+    lm = models.load(PYTHON_MOE_7M, quantization="int4_w4a16", progress=False)
     expected = evaluate(lm.model, text, **sizes, reference=reference)
     row = rows["int4_w4a16"]
     # one compiled program, so the same sums; the reference went over the host, which keeps f32
     found = (row["bits_per_byte"], row["kl"], row["top1_agreement"])
     assert found == (expected.bits_per_byte, expected.kl_per_byte, expected.top1_agreement)
-    assert row["stored_bytes"] == lm.report.resident_bytes  # experts only: the dense layers stay
+    assert row["stored_bytes"] == lm.report.resident_bytes  # what this name loads: dense layers too
     assert rows["int8_w8a16"]["kl"] < row["kl"] / 10  # 7 bits against 3
 
 
@@ -114,6 +126,8 @@ def measured(monkeypatch):
             **dict.fromkeys(("stored_bytes", "peak_bytes", "planned_peak_bytes"), 10**6),
             **dict.fromkeys(("bits_per_byte", "kl", "top1_agreement", "seconds"), 0.5),
             scheme="bf16",
+            aliases=(),
+            linear=False,
         )
         return [
             comparison.Measured(row=dataclasses.replace(row, scheme=name, kl=0.01 * i), completion="")
@@ -135,6 +149,31 @@ def test_all_leaves_out_what_does_not_fit(measured, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Left out ")]
     assert sorted(line.split()[2] for line in lines) == sorted(f"{name}:" for name in odd)
     assert all("multiple of" in line for line in lines)
+
+
+@pytest.mark.smoke
+def test_each_model_is_planned_once(measured, monkeypatch):
+    planned = []
+    monkeypatch.setattr(models, "plan", lambda path, *, quantization: planned.append(quantization))
+    assert main(["evaluate", str(PYTHON_MOE_7M), "--schemes", " all"]) == 0
+    assert planned == [None, *EVERY[1:]]
+    assert measured[0][1] == EVERY
+
+
+def test_the_reference_is_read_once(monkeypatch, tmp_path):
+    """What bf16 predicts serves for its own row."""
+    read = []
+
+    def counted(model, *arguments, **sizes):
+        read.append(model)
+        return log_probabilities(model, *arguments, **sizes)
+
+    monkeypatch.setattr(comparison, "log_probabilities", counted)
+    monkeypatch.setattr("moe_online.evaluate.log_probabilities", lambda *_, **__: pytest.fail("read again"))
+    rows = run(PYTHON_MOE_7M, "--schemes", "int8_w8a16", "--bytes", "500", tmp_path / "rows.json")
+    assert len(read) == len(rows) == 2
+    assert (rows["bf16"]["kl"], rows["bf16"]["top1_agreement"]) == (0, 1)
+    assert rows["int8_w8a16"]["kl"] > 0
 
 
 @pytest.mark.smoke

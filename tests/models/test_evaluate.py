@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import tiny_decoder
-from moe_online.evaluate import _forward, evaluate, log_probabilities
+from moe_online.evaluate import _forward, evaluate, log_probabilities, score
 
 VOCAB = tiny_decoder.CONFIG.vocab_size
 SIZES = {"window": 8, "batch": 3}  # 24 predictions a block
@@ -41,6 +41,14 @@ def test_matches_definition(models):
     assert result.bits_per_byte == pytest.approx(result.bits.mean(), rel=1e-6)
     assert result.kl_per_byte == pytest.approx(result.kl.mean(), rel=1e-6)
     assert result.top1_agreement == np.mean(result.agrees)
+
+
+def test_what_was_read_already_can_be_scored(models):
+    """On the host, too; a model agrees with itself."""
+    blocks = [jax.device_get(block) for block in log_probabilities(models[0], TEXT, **SIZES)]
+    result = score(blocks, TEXT, **SIZES, reference=blocks)
+    assert np.array_equal(result.bits, evaluate(models[0], TEXT, **SIZES).bits)
+    assert (result.kl_per_byte, result.top1_agreement) == (0, 1)
 
 
 def test_without_a_reference_there_is_no_distance(models):
