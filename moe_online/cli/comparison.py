@@ -58,7 +58,11 @@ def schemes(*, everything: bool) -> list[str]:
     usual = [UNQUANTIZED, "fp8_per_channel", "fp8_per_block", "int8_w8a16"]
     if not everything:
         return usual
-    return [*usual, *(name for name in SHORTHANDS if name not in usual and name == _names(SHORTHANDS[name])[0])]
+    distinct: dict[Shorthand, str] = {}
+    for name, shorthand in SHORTHANDS.items():
+        if shorthand.moe is not None:
+            distinct.setdefault(shorthand, name)
+    return [*usual, *(name for name in distinct.values() if name not in usual)]
 
 
 def _names(shorthand: Shorthand) -> list[str]:

@@ -4,10 +4,14 @@ import json
 import struct
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 
 from moe_online.cli import comparison, main, quickstart
+from moe_online.errors import ConfigError
+from moe_online.method import OnlineMoEMethodBase, register_scheme
+from moe_online.schemes import SHORTHANDS, QuantSpec
 
 SCHEMES = ("bf16", "fp8_per_channel", "fp8_per_block", "int8_w8a16")
 FIELDS = {"scheme", "weight", "activation", "stored_bytes", "peak_bytes", "bits_per_byte", "kl", "top1_agreement"}
@@ -86,6 +90,16 @@ def test_all_schemes_without_their_aliases():
         *(*SCHEMES, "fp8_per_tensor", "fp8_w8a16", "int8_w8a8", "int8_per_channel_weight_only", "mxfp8", "mxfp4"),
         *("nvfp4_per_token", "int4_w4a16", "mxfp4_w4a16", "nvfp4_w4a16"),
     ]
+
+
+def test_registered_schemes_are_compared_where_they_are_formats():
+    with mock.patch.dict(SHORTHANDS):
+        register_scheme("mine", QuantSpec("mxfp8", "int8_per_token"))
+        register_scheme("a_method", OnlineMoEMethodBase)
+        assert comparison.schemes(everything=True)[-1] == "mine"
+        comparison.check_names(["mine"])
+        with pytest.raises(ConfigError, match="unknown scheme 'a_method'"):
+            comparison.check_names(["a_method"])
 
 
 @pytest.fixture
