@@ -63,6 +63,7 @@ def assert_one_message(capsys, *pieces):
         assert piece in found.err
 
 
+@pytest.mark.slow
 def test_all_schemes(fits_all, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(comparison, "WINDOW", 32)  # the text is short
     text = tmp_path / "text.txt"

@@ -69,5 +69,5 @@ def test_bad_arguments():
         UnsupportedError, match=r"quantize_into: 'mosaic_tpu' cannot serve this call: there is no kernel"
     ):
         call(x, amax=jnp.ones(4), implementation="mosaic_tpu")
-    with pytest.raises(UnsupportedError, match=r"quantize_into: 'mosaic_gpu' cannot serve this call"):
-        call(x, amax=jnp.ones(4), implementation="mosaic_gpu")
+    with pytest.raises(UnsupportedError, match=r"'mosaic_gpu' cannot serve this call: it reads bfloat16, not float32"):
+        call(x.astype(jnp.float32), amax=jnp.ones(4), implementation="mosaic_gpu")

@@ -21,8 +21,8 @@ from special_numbers import cast, special
 
 
 def needs_interpreter(test):
-    lacking = jax.__version_info__[:2] < FIRST_JAX
-    reason = f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels"
+    lacking = jax.__version_info__[:2] < FIRST_JAX or jax.default_backend() != "cpu"
+    reason = f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels on {jax.default_backend()}"
     return pytest.mark.interpreted(pytest.mark.skipif(lacking, reason=reason)(test))
 
 
