@@ -1,18 +1,22 @@
 """The Hopper kernels pass the real compilers for sm_90a: no spills, no copies of the weights, within shared memory."""
 
 import functools
-import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import aot_gpu
-from pallas_kernels import QuantizedArray, UnsupportedError, grouped_matmul, quantize
-from pallas_kernels.grouped_matmul.mosaic_gpu import FIRST_JAX, MosaicGpuConfig, unsupported
+from by_name import by_name
+from moe_online.loading.quantizer import PartLayout, StepCache
+from numpy_quantizer import WEIGHTS
+from pallas_kernels import QuantizedArray, UnsupportedError, grouped_matmul, hopper, quantize
+from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT
+from pallas_kernels.hopper import FIRST_JAX
 from scaled_kernel import scaled_matmul
 
 pytestmark = [
@@ -92,7 +96,7 @@ def test_a_mesh_of_several_devices_is_served_by_xla():
 @pytest.mark.smoke
 def test_ptxas_ran(monkeypatch):
     """Negative control: Blackwell has no wgmma."""
-    monkeypatch.setattr(sys.modules[unsupported.__module__], "HOPPER", ("B200",))
+    monkeypatch.setattr(hopper, "HOPPER", ("B200",))
     avals = arguments(512, 8, 512, 256, biased=False)
     with pytest.raises(jax.errors.JaxRuntimeError, match="Pass pipeline failed"):
         aot_gpu.compile_for(aot_gpu.device_of(aot_gpu.BLACKWELL), call, *avals)
@@ -126,3 +130,61 @@ def test_quantized_weights_need_no_other_layout(name, tmp_path):
         aot_gpu.device_of(), lambda lhs, v, s: run(lhs, jnp.swapaxes(v, 1, 2), s), lhs, turned, q.scales
     )
     assert aot_gpu.temporary_bytes(compiled) >= e * n * k
+
+
+def stored(name, shape, devices):
+    """A finished leaf on these devices: experts over them."""
+    fmt, second = by_name(name), by_name(name).global_shape(shape)
+    spread = NamedSharding(Mesh(np.array(devices), ("expert",)), PartitionSpec("expert"))
+    return QuantizedArray(
+        values=S(fmt.values_shape(shape), fmt.storage, sharding=spread),
+        scales=S(fmt.scales_shape(shape), fmt.scale_dtype, sharding=spread),
+        global_scale=None if second is None else S(second, jnp.float32, sharding=spread),
+        format=fmt,
+    )
+
+
+def loader_step(name, shape, part, devices, order=None):
+    """What the loader runs for a unit of a source like `part`."""
+    leaf = stored(name, shape, devices)
+    half = 0 if len(part) < len(shape) else None
+    layout = PartLayout(permutation=order or tuple(range(len(part))), half=half)
+    return StepCache().get(leaf, (layout,), [S(part, BF16, sharding=leaf.values.sharding)])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        *(pytest.param("mixtral", name, marks=pytest.mark.smoke if name == "mxfp4" else ()) for name in WEIGHTS),
+        *(("qwen3-30b", name) for name in ("fp8_per_channel", "int4_per_group", "nvfp4")),
+    ],
+)
+def test_quantization_in_place(model, name, tmp_path):
+    """A unit of gate and up, and one of down: nothing is copied, and nothing of its size lives in between."""
+    e, _, h, i, _, _ = MODELS[model]
+    with aot_gpu.kernel_reports(tmp_path) as reports:
+        for shape in ((e, 2, i, h), (e, h, i)):
+            step = loader_step(name, shape, (4, *shape[1:]), [aot_gpu.device_of()])
+            assert step.temporary_bytes <= 2**20  # what each program sums
+    assert len(reports) == 2
+    for report in reports:
+        print(model, name, report)
+        assert report.target == "sm_90a"
+        assert report.spill_bytes == 0
+        assert report.smem_bytes <= SMEM_LIMIT
+
+
+@pytest.mark.parametrize("case", ["transposed", "several devices", "ragged", "half"])
+def test_what_quantization_leaves_to_xla(case, tmp_path):
+    shape, part, order, devices = (8, 2, 256, 384), (4, 2, 256, 384), None, [aot_gpu.device_of()]
+    if case == "transposed":
+        part, order = (4, 2, 384, 256), (0, 1, 3, 2)
+    if case == "several devices":
+        devices = aot_gpu.devices_of(2)
+    if case == "ragged":
+        shape, part = (8, 2, 96, 384), (4, 2, 96, 384)
+    if case == "half":  # this one is the kernel's
+        part = (4, 256, 384)
+    with aot_gpu.kernel_reports(tmp_path) as reports, warnings.catch_warnings(action="ignore"):
+        loader_step("mxfp8", shape, part, devices, order)
+    assert len(reports) == (case == "half")

@@ -10,8 +10,9 @@ import pytest
 import definition
 from pallas_kernels import UnsupportedError, grouped_matmul, make_group_metadata, quantize
 from pallas_kernels.grouped_matmul.call import Call, dispatch
-from pallas_kernels.grouped_matmul.mosaic_gpu import FIRST_JAX, MosaicGpuConfig
+from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles, plan_work
+from pallas_kernels.hopper import FIRST_JAX
 from pallas_kernels.implementations import interpreted
 from races import no_races
 from tolerance import assert_close
