@@ -11,12 +11,14 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import definition
+from by_name import assert_same_parts, by_name
 from moe_online.config import MoEConfig, OnlineQuantConfig
 from moe_online.errors import ConfigError
 from moe_online.experts import ExpertWeights
 from moe_online.layer import moe_layer
 from moe_online.method import OnlineMoEMethodBase, get_method, register_scheme
 from moe_online.schemes import SHORTHANDS, QuantSpec
+from numpy_quantizer import WEIGHTS, quantize_numpy
 from pallas_kernels import UnsupportedError
 from sources import BF16, check_quantized, random
 from tolerance import assert_close, assert_same_bits
@@ -146,6 +148,14 @@ def test_expert_map():
     found = jax.jit(method.apply_monolithic)(given, X, logits)
     by_definition = expected("fp8_per_block", logits, expert_map=places)
     assert_close(found, by_definition, **tolerances("fp8_per_block"))
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name not in ("int4_per_group", "int4_per_group_64")])
+def test_codes_are_numpys_and_gate_and_up_share_a_scale_of_all(name):
+    spec = QuantSpec(by_name(name), None)
+    given = jax.jit(get_method(spec, MOE).process_weights_after_loading)(weights())
+    assert_same_parts(given.w13_weight, quantize_numpy(TREE["w13_weight"], name, shared_axes=(1,)))
+    assert_same_parts(given.w2_weight, quantize_numpy(TREE["w2_weight"], name))
 
 
 def test_permuted_experts_change_nothing():

@@ -42,7 +42,7 @@ def fused_moe(
         x = (x.astype(jnp.float32) * weights).astype(dtype)
         weights = jnp.ones_like(weights)
     first = Call(
-        lhs=_gather(x, order.tokens, activation_format),
+        lhs=_gather(x, order, activation_format),
         rhs=w13,
         group_sizes=order.group_sizes,
         metadata=order.metadata,
@@ -64,11 +64,13 @@ def fused_moe(
     return _combine(out, weights, order).astype(dtype)
 
 
-def _gather(x: jax.Array, tokens: Int32[Array, " M"], fmt: Format | None) -> jax.Array | QuantizedArray:
-    """The rows of these tokens, each token quantized once however many experts it has."""
-    x = no_gradient(x)
+def _gather(x: jax.Array, order: ExpertOrder, fmt: Format | None) -> jax.Array | QuantizedArray:
+    """The rows of all pairs, each token quantized once however many experts it has."""
+    x, tokens = no_gradient(x), order.tokens
     if fmt is None:
         return _take_rows(x, tokens)
+    if fmt.whole_matrix:  # tokens of no expert are padding: their magnitude has no say
+        x = jnp.where(jnp.any(order.routed, axis=1, keepdims=True), x, jnp.zeros_like(x))
     q = quantize(x, fmt)
     scales = q.scales if fmt.block[0] is None else _take_rows(q.scales.T, tokens).T
     second = None if q.global_scale is None else q.global_scale[tokens]

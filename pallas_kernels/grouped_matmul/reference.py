@@ -60,6 +60,8 @@ def grouped_matmul(
 ) -> Float[Array, "M N_out"] | QuantizedArray:
     """See `pallas_kernels.grouped_matmul`; `rhs` may also be `[E, S, N, K]` with `bias` `[E, S, N]`."""
     if activation_format is not None and not isinstance(lhs, QuantizedArray):
+        if activation_format.whole_matrix:  # rows of no group are padding: their magnitude has no say
+            lhs = jnp.where(jnp.arange(lhs.shape[0])[:, None] < jnp.sum(group_sizes), lhs, jnp.zeros_like(lhs))
         lhs = quantize(lhs, activation_format)
     groups = _groups(group_sizes, metadata, rhs.shape[0], lhs.shape[0], group_offset)
     out = _visit_groups(lhs, rhs, groups, bias, epilogue, np.dtype(out_dtype))

@@ -73,6 +73,9 @@ def fused_moe(
 ):
     """`x [T, H]` in its dtype; `w13 [E, 2, I, H]` and `w2 [E, H, I]` float64, dequantized; result `[T, H]` float64."""
     dtype = x.dtype
+    if act_format == "fp8_per_tensor_dynamic":  # tokens of no expert are padding: their magnitude has no say
+        mapped = ids if expert_map is None else np.where((ids >= 0) & (ids < len(expert_map)), expert_map[ids], -1)
+        x = np.where(((mapped >= 0) & (mapped < w2.shape[0])).any(axis=1, keepdims=True), x, np.zeros_like(x))
     rows = real(rounded(real(x) * weights, dtype) if on_input else x, act_format)
     routed, hidden = [], []
     for t in range(x.shape[0]):

@@ -79,6 +79,23 @@ def test_matches_definition(weight, activation):
             assert_close(call(*bad), expected, batch=5e-2, worst_row=5e-2)
 
 
+@pytest.mark.parametrize("padding", [1e4, np.nan])
+def test_tokens_of_no_expert_have_no_say_in_a_scale_of_all_tokens(padding):
+    x, w13, w2, weights, ids = problem()
+    ids = ids.at[20:].set(-1)
+    q13, q2 = (packed(w, "fp8_per_tensor") for w in (w13, w2))
+
+    def call(x):
+        return run(x, q13, q2, weights, ids, activation_format="fp8_per_tensor_dynamic")
+
+    found = call(x.at[20:].set(padding))
+    assert np.array_equal(found, call(x.at[20:].set(0)))
+    assert not np.asarray(found[20:]).any()
+    expected = expect(x, w13, w2, weights, ids, "fp8_per_tensor", act_format="fp8_per_tensor_dynamic")
+    assert_close(found, expected, **TOLERANCE)
+    assert not np.array_equal(call(x.at[19].set(1e4))[:19], found[:19])  # a routed token has
+
+
 def test_a_scale_shifted_by_one_block_is_noticed():
     x, w13, w2, weights, ids = problem()
     expected = expect(x, w13, w2, weights, ids, "fp8_per_block")

@@ -12,6 +12,7 @@ import numpy_quantizer
 from by_name import by_name
 from pallas_kernels import Activation, QuantizedArray, grouped_matmul, make_group_metadata, quantize
 from pallas_kernels.grouped_matmul.reference import TILE_OVERHEAD, tile_sizes
+from special_numbers import normal
 from tolerance import assert_close
 
 GROUPS = {
@@ -116,6 +117,7 @@ def test_dtypes_and_small_batches(m, weight, dtype):
 def test_a_quantized_left_side(activation, weight):
     """The same bits as with `activation_format`; bf16 unless said otherwise."""
     x, w = problem(m=40)
+    x = x.at[34:].set(0)  # rows of no group, which a scale of all rows leaves out
     sizes, w = jnp.array((11, 0, 3, 20), jnp.int32), packed(w, weight)
     actual = run(packed(x, activation), w, sizes)
     assert actual.dtype == jnp.bfloat16
@@ -178,6 +180,17 @@ def test_a_bad_row_spoils_no_other():
         assert np.isnan(spoiled[row]).all() == (row < 173)
         others = np.arange(256) != row
         assert np.array_equal(spoiled[others], clean[others])
+
+
+@pytest.mark.parametrize("padding", [1e4, np.nan, np.inf])
+def test_padding_has_no_say_in_a_scale_of_all_rows(padding):
+    x, w = jnp.asarray(normal(24, 64), jnp.bfloat16), jnp.asarray(normal(2, 128, 64), jnp.bfloat16)
+    sizes = jnp.array([9, 7], jnp.int32)
+    padded = x.at[16:].set(padding)
+    found, clean = (run(v, w, sizes, activation_format="fp8_per_tensor_dynamic") for v in (padded, x.at[16:].set(0)))
+    assert np.array_equal(found, clean)
+    inside = run(x.at[15].set(1e4), w, sizes, activation_format="fp8_per_tensor_dynamic")
+    assert not np.array_equal(inside[:15], clean[:15])  # a row of a group has
 
 
 def test_no_rows():
