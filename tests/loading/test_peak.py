@@ -184,7 +184,7 @@ def test_the_check_of_temporaries_can_fail(monkeypatch):
     """A step that works on all experts at once takes more than one chunk."""
     fmt = QuantSpec("fp8_per_block", None).weight
 
-    def at_once(fmt, layouts):
+    def at_once(fmt, layouts, *, use_kernels):
         def step(out, parts, start):
             q = quantizer.quantize(parts[0].astype(jnp.float32), fmt)
             zeros = jnp.zeros((parts[0].shape[0],), jnp.float32)
