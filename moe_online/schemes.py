@@ -239,7 +239,10 @@ def _from_fields(fields: Mapping[str, Any], base: QuantSpec | None) -> QuantSpec
     group = fields.get("group")
     if not isinstance(group, int | None):
         raise TypeError(f"group is a whole number, not {type(group).__name__} ({group!r})")
-    weight = _format(fields.get("weight", base and base.weight), "weight", group)
+    named = fields.get("weight", base and base.weight)
+    weight = _format(named, "weight", group)
+    if group is not None and isinstance(named, str) and named not in FORMATS and str(weight) != named:
+        raise ConfigError(f"the weight {named!r} names another group than {group=}; leave one out")
     if weight is None:
         raise ConfigError(
             f"the scheme {dict(fields)} has no weight format; valid names: {', '.join(format_names('weight'))}"

@@ -45,7 +45,12 @@ class Kernel(Protocol):
 
 
 def choose(
-    op: str, implementation: str | None, kernels: Mapping[Implementation, str], call: Any = None
+    op: str,
+    implementation: str | None,
+    kernels: Mapping[Implementation, str],
+    call: Any = None,
+    *,
+    warn: bool = True,
 ) -> Kernel | None:
     """The kernel that serves this call; None for XLA.
 
@@ -54,6 +59,7 @@ def choose(
       implementation: `None` for the best one on the device that the call is traced for (`target_device`), or a name.
       kernels: The module of each kernel that the operation has, imported on first use.
       call: Passed to the kernel's `unsupported`.
+      warn: Whether to say, once, why the device's own kernel cannot serve.
 
     Raises:
       ValueError: an unknown name.
@@ -65,7 +71,7 @@ def choose(
         if native == "xla" or not kernels:
             return None
         kernel, reason = _find(native, kernels, call)
-        if reason is not None:
+        if reason is not None and warn:
             _warn_fallback(op, native, reason)
         return kernel
     for known in IMPLEMENTATIONS:

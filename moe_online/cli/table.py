@@ -63,9 +63,11 @@ def table(rows: Sequence[Row], columns: Sequence[str], *, text: str) -> Table:
 
 def _reach(rows: Sequence[Row]) -> str:
     """Which layers were quantized: what a name stands for when a model is loaded by it."""
-    experts_only = [row.scheme for row in rows if row.weight is not None and not row.linear]
-    but = f"; by {' and '.join(experts_only)} only the experts" if experts_only else ""
-    return f"Quantized, as these names say to models.load: experts and attention's projections{but}."
+    both, experts = ([row.scheme for row in rows if row.weight and row.linear == linear] for linear in (True, False))
+    reach = ["experts and attention's projections"] if both else []
+    if experts:
+        reach.append(f"by {' and '.join(experts)} only the experts")
+    return f"Quantized, as these names say to models.load: {'; '.join(reach)}." if reach else "Nothing is quantized."
 
 
 def _aliases(rows: Sequence[Row]) -> list[str]:

@@ -6,6 +6,7 @@ XLA experts and chunks of rows are visited one after the other, so what lives in
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -341,7 +342,8 @@ def _compile(stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.S
         step = copy_step(stored, layouts)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, stored)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    with jax.default_device(next(iter(devices))):  # where kernels will run
+    place = jax.default_device(*devices) if len(devices) == 1 else contextlib.nullcontext()  # where kernels will run
+    with place:
         compiled = jitted.lower(stored, list(parts), jax.ShapeDtypeStruct((), np.int32)).compile()
     analysis = compiled.memory_analysis()
     return Compiled(compiled, 0 if analysis is None else analysis.temp_size_in_bytes)

@@ -35,7 +35,7 @@ def quantize(
       axis_names: Mesh axes that shard N and K, inside `shard_map`. A scale that spans one takes its maximum over it.
       amax: Where `x` is a part of the matrices that share a per-tensor or second-level scale: `matrix_amax` of the
         whole of each, so that all parts get the scale of the whole.
-      implementation: `None` or `"xla"`.
+      implementation: `None` or `"xla"`; kernels write into arrays that are there: `quantize_into`.
 
     Returns:
       Codes `[..., N, K]` (two 4-bit codes to a byte, the even index along K low) and scales
@@ -58,7 +58,9 @@ def quantize(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be None or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     if implementation in ("mosaic_gpu", "mosaic_tpu"):
-        raise UnsupportedError(f"quantize: {implementation!r} has no kernel for {fmt.name!r}; use 'xla'")
+        raise UnsupportedError(
+            f"quantize: {implementation!r} has no kernel that returns new arrays; use 'xla', or quantize_into"
+        )
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise TypeError(f"{x.dtype=} must be bfloat16, float16 or float32; cast the source, or load it as stored")
     fmt.check_shape(x.shape)

@@ -54,7 +54,7 @@ def quantize_into(
     Args:
       out: The leaf so far.
       x: bf16, f16 or f32, laid out like `out`; with `half` without its second axis.
-      start: The first expert's place in `out`; not checked.
+      start: The first expert's place in `out`; moved so that all fit.
       half: Which index of the second axis of `out` this is, for a leaf whose halves come one at a time.
       amax: The largest magnitude of each expert, over all that shares its scale; needed where a scale, of whichever
         level, spans whole matrices (`Format.whole_matrix`), and only there.
@@ -64,6 +64,7 @@ def quantize_into(
       The leaf, and what was lost.
 
     Raises:
+      TypeError: `x` is not a floating-point array of 16 or 32 bits.
       ValueError: shapes that do not fit, `amax` missing or of no use, or an unknown implementation.
       UnsupportedError: the named implementation cannot serve; the message says why.
     """
@@ -75,18 +76,24 @@ def quantize_into(
 
 def kernel_for(out: QuantizedArray, x: Any, half: int | None = None) -> Kernel | None:
     """The kernel that `quantize_into` would take on this device, which needs no temporaries; None for XLA."""
-    return choose("quantize_into", None, KERNELS, IntoCall(out=out, x=x, start=0, half=half, amax=None))
+    call = IntoCall(out=out, x=x, start=0, half=half, amax=None)
+    return choose("quantize_into", None, KERNELS, call, warn=False)
 
 
 def _validated(out: QuantizedArray, x: Any, start: Any, half: int | None, amax: Any) -> IntoCall:
     shape = out.shape
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise TypeError(f"{x.dtype=} must be bfloat16, float16 or float32; cast the source, or load it as stored")
     expected = shape[1:] if half is None else shape[2:]
     if x.ndim < 3 or x.shape[1:] != expected or (half is not None and (len(shape) != 4 or not 0 <= half < shape[1])):
         raise ValueError(f"{x.shape=} with {half=} must be [e, *{expected}] for a leaf of shape {shape}")
+    if x.shape[0] > shape[0]:
+        raise ValueError(f"{x.shape=} has more experts than the leaf, which has {shape[0]}")
     if out.format.whole_matrix != (amax is not None) or (amax is not None and amax.shape != x.shape[:1]):
         need = f"be {x.shape[:1]}" if out.format.whole_matrix else "be left out"
         raise ValueError(f"amax must {need} for {out.format.name!r}, not {None if amax is None else amax.shape}")
-    return IntoCall(out=out, x=x, start=jnp.asarray(start, jnp.int32), half=half, amax=amax)
+    start = jnp.clip(jnp.asarray(start, jnp.int32), 0, shape[0] - x.shape[0])  # a kernel would write anywhere
+    return IntoCall(out=out, x=x, start=start, half=half, amax=None if amax is None else amax.astype(jnp.float32))
 
 
 def _xla(call: IntoCall) -> tuple[QuantizedArray, QuantizationLoss]:

@@ -188,7 +188,7 @@ def test_the_check_of_temporaries_can_fail(monkeypatch):
         def step(out, parts, start):
             q = quantizer.quantize(parts[0].astype(jnp.float32), fmt)
             zeros = jnp.zeros((parts[0].shape[0],), jnp.float32)
-            finite = jnp.isfinite(jnp.max(jnp.abs(parts[0])))[None]
+            finite = jnp.isfinite(jnp.max(jnp.abs(parts[0]), axis=tuple(range(1, parts[0].ndim))))[None]
             return q, quantizer.Stats(finite=finite, error=zeros, norm=zeros)
 
         return step

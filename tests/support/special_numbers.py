@@ -56,6 +56,7 @@ SPECIAL = {
         X.shape,
     )
     * np.float32(2) ** (np.arange(384) // 16 - 12).astype(np.float32),
+    "all exponents": np.sign(X) * np.float32(2) ** (120 - 10 * (np.arange(384) // 16)).astype(np.float32),
     "one large element": np.where(np.arange(384) == 200, np.float32(1e6), X),
 }
 
@@ -63,3 +64,12 @@ SPECIAL = {
 def special():
     """All cases along the leading axis, where each has scales of its own."""
     return np.stack([np.asarray(case, np.float32) for case in SPECIAL.values()])
+
+
+def special_experts(*, alone):
+    """All cases as rows of one expert `[1, 128, 384]`; with `alone` each is an expert `[128, 384]` of its own."""
+    if alone:
+        return np.stack([np.resize(case, (128, 384)) for case in special()])
+    rows = special().reshape(-1, 384)
+    assert len(rows) <= 128
+    return np.resize(rows, (1, 128, 384))

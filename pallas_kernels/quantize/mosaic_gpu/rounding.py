@@ -24,7 +24,7 @@ _MAGIC = 1.5 * 2**23
 class Rounded(NamedTuple):
     """What became of numbers in units of their scale."""
 
-    code: jax.Array  # the code itself; of 4 bits in int32, bits above the fourth mean nothing
+    code: jax.Array  # e4m3, or in int32 integers and e2m1: the low 8 or 4 bits, those above mean nothing
     error: jax.Array  # f32, in units of the scale; of either sign
 
 

@@ -230,7 +230,7 @@ def _two_level(amax: jax.Array, constants: list[jax.Array], fmt: Format) -> tupl
         is_set = (bits & np.int32(1 << bit)) != 0
         quotients = [jnp.where(is_set, odd, even) for even, odd in zip(quotients[::2], quotients[1::2], strict=True)]
     power = lax.bitcast_convert_type(np.int32(254 << 23) - (bits & np.int32(0x7F800000)), jnp.float32)
-    # Of a scale of 0 all codes are; a tiny factor in its place gives them, and tells what is lost.
+    # Of a scale of 0 all codes are 0. So they are with a scale of 1, which in its place tells what is lost.
     is_zero = scale == 0
-    factor = jnp.where(is_zero, np.float32(2**-40), quotients[0] * power)
-    return stored, factor, jnp.where(is_zero, np.float32(2**40), scale * second)
+    factor = jnp.where(is_zero, encode, quotients[0] * power)
+    return stored, factor, jnp.where(is_zero, second, scale * second)

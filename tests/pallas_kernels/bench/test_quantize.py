@@ -39,6 +39,7 @@ def test_the_path_of_a_gpu(monkeypatch):
     ((row,),) = bench.run(quantize.select(["tiny"], ["fp8_per_block"])[:1])
     assert row.failure is None
     assert row.best
+    assert row.impl == "xla"  # which is what ran
     elements = 4 * 2 * 128 * 128
     assert row.roofline_us == pytest.approx((2 * elements + elements + 4 * 2 * 4) / 1e9 * 1e6)
     assert row.us > 0

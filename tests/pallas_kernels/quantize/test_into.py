@@ -57,6 +57,10 @@ def test_bad_arguments():
         call(x[..., :128])
     with pytest.raises(ValueError, match=r"with half=0 must be \[e, \*\(128, 256\)\]"):
         call(x, half=0)
+    with pytest.raises(ValueError, match=r"has more experts than the leaf, which has 4"):
+        call(jnp.concatenate([x, x]), amax=jnp.ones(8))
+    with pytest.raises(TypeError, match=r"x.dtype=.* must be bfloat16, float16 or float32"):
+        call(x.astype(jnp.int8), amax=jnp.ones(4))
     with pytest.raises(ValueError, match=r"with half=2 must be"):
         call(x[:, 0], half=2)
     with pytest.raises(ValueError, match=r"amax must be \(4,\) for 'fp8_per_tensor', not None"):

@@ -13,11 +13,11 @@ from pallas_kernels.hopper import FIRST_JAX
 from pallas_kernels.implementations import interpreted
 from pallas_kernels.quantize import quantize_into
 from pallas_kernels.quantize.into import IntoCall
-from pallas_kernels.quantize.mosaic_gpu import unsupported
+from pallas_kernels.quantize.mosaic_gpu import unsupported, unsupported_anywhere
 from pallas_kernels.quantize.mosaic_gpu.rounding import divided
 from pallas_kernels.quantize.quotient import divisor
 from races import no_races
-from special_numbers import cast, special
+from special_numbers import SPECIAL, cast, special_experts
 
 
 def needs_interpreter(test):
@@ -53,9 +53,7 @@ def test_bits_and_places(name):
 @needs_interpreter
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_special_numbers(name):
-    rows = cast(special(), ml_dtypes.bfloat16).reshape(-1, 384)
-    x = np.resize(rows, (1, 128, 384))
-    assert len(rows) <= 128
+    x = cast(special_experts(alone=by_name(name).whole_matrix), ml_dtypes.bfloat16)
     out, loss = run(leaf(name, x.shape), x, amax=amax_of(leaf(name, x.shape), x))
     assert_same_parts(out, quantize_numpy(x, name))
     assert np.asarray(loss.finite).all()
@@ -68,6 +66,16 @@ def test_many_tiles(name):
     x = weights((1, 2, 256, 1280))
     out, _ = run(leaf(name, x.shape), x)
     assert_same_parts(out, quantize_numpy(x, name))
+
+
+@needs_interpreter
+def test_blocks_with_a_scale_of_zero_are_lost():
+    x = cast(special_experts(alone=True), ml_dtypes.bfloat16)[list(SPECIAL).index("tiny")][None]
+    x = (x.astype(np.float32) * 1e20).astype(ml_dtypes.bfloat16)  # far below the format's floor
+    out, loss = run(leaf("nvfp4", x.shape), x, amax=amax_of(leaf("nvfp4", x.shape), x))
+    assert not np.asarray(out.scales).astype(np.float32).any()
+    assert np.asarray(loss.norm).min() > 0
+    np.testing.assert_allclose(loss.error, loss.norm, rtol=1e-5)
 
 
 def hard_quotients():
@@ -114,4 +122,6 @@ def test_reasons():
     assert reason(shape((1, 2, 128, 256), jnp.float32)) == "it reads bfloat16, not float32"
     assert "N=96 and K=256 must be multiples of 128" in reason(shape((1, 2, 96, 256), jnp.bfloat16))
     assert "N=128 and K=64 must be multiples of 128" in reason(shape((1, 2, 128, 64), jnp.bfloat16))
-    assert "must be multiples" in reason(shape((0, 2, 128, 128), jnp.bfloat16))
+    assert reason(shape((0, 2, 128, 128), jnp.bfloat16)) == "there is nothing to quantize"
+    good = IntoCall(out=leaf("mxfp8"), x=shape((1, 2, 128, 256), jnp.bfloat16), start=0, half=None, amax=None)
+    assert unsupported_anywhere(good) is None
