@@ -10,7 +10,10 @@ from pallas_kernels.grouped_matmul import grouped_matmul as grouped_matmul
 from pallas_kernels.implementations import UnsupportedError as UnsupportedError
 from pallas_kernels.implementations import interpreted as interpreted
 from pallas_kernels.matmul import matmul as matmul
+from pallas_kernels.quantize import QuantizationLoss as QuantizationLoss
+from pallas_kernels.quantize import matrix_amax as matrix_amax
 from pallas_kernels.quantize import quantize as quantize
+from pallas_kernels.quantize import quantize_into as quantize_into
 from pallas_kernels.routing import GroupMetadata as GroupMetadata
 from pallas_kernels.routing import make_group_metadata as make_group_metadata
 from pallas_kernels.routing import route as route

@@ -70,9 +70,11 @@ def _names(shorthand: Shorthand) -> list[str]:
     return [name for name, other in SHORTHANDS.items() if other == shorthand]
 
 
-def quantization(scheme: str) -> str | None:
-    """How `models.load` is told a scheme that `check_names` accepts."""
-    return None if scheme == UNQUANTIZED else scheme
+def quantization(scheme: str, *, dense: bool) -> str | dict[str, str] | None:
+    """How `models.load` is told a scheme that `check_names` accepts: its experts' half, or all that it stands for."""
+    if scheme == UNQUANTIZED:
+        return None
+    return scheme if dense else {"moe": scheme}
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -85,8 +87,10 @@ def check_names(names: Sequence[str]) -> None:
         )
 
 
-def compare(path: PathLike, text: bytes, names: Sequence[str], *, prompt: str | None = None) -> list[Measured]:
-    """Measures a byte-level model under each scheme, loaded as its name says, behind a progress bar.
+def compare(
+    path: PathLike, text: bytes, names: Sequence[str], *, dense: bool = False, prompt: str | None = None
+) -> list[Measured]:
+    """Measures a byte-level model under each scheme, behind a progress bar.
 
     The first scheme is what the others are compared with. A model is freed before the next is loaded; what the first
     one predicted stays on the host (4 bytes for each of 256 next bytes, so 1 kB per byte of text).
@@ -95,18 +99,21 @@ def compare(path: PathLike, text: bytes, names: Sequence[str], *, prompt: str | 
       path: The model folder.
       text: Bytes that it predicts, all but the first.
       names: Of the schemes, as `check_names` accepts them.
+      dense: Whether dense layers are quantized as well, where the scheme does so; else only the experts.
       prompt: What it continues; None leaves generation out.
     """
     with output.progress(len(names) * (2 if prompt is None else 3)) as announce:
-        comparison = _Comparison(path, text, prompt, announce=announce)
+        comparison = _Comparison(path, text, prompt, dense=dense, announce=announce)
         return [comparison.measure(name) for name in names]
 
 
 class _Comparison:
     """`compare`, scheme after scheme."""
 
-    def __init__(self, path: PathLike, text: bytes, prompt: str | None, *, announce: Callable[[str], None]):
-        self._path, self._announce = path, announce
+    def __init__(
+        self, path: PathLike, text: bytes, prompt: str | None, *, dense: bool, announce: Callable[[str], None]
+    ):
+        self._path, self._dense, self._announce = path, dense, announce
         self._text = np.frombuffer(text, np.uint8)
         self._prompt = None if prompt is None else np.frombuffer(prompt.encode(), np.uint8)[None]
         self._reference: list[np.ndarray] = []  # on the host, so that no model is measured beside it
@@ -114,7 +121,7 @@ class _Comparison:
     def measure(self, scheme: str) -> Measured:
         """Loads, evaluates and runs the model under one scheme."""
         self._announce(f"{scheme}: loading")
-        lm = models.load(self._path, quantization=quantization(scheme), progress=False)
+        lm = models.load(self._path, quantization=quantization(scheme, dense=self._dense), progress=False)
         self._announce(f"{scheme}: predicting text")
         found = self._evaluate(lm)
         assert found.kl_per_byte is not None and found.top1_agreement is not None  # there is a reference

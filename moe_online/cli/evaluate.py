@@ -21,8 +21,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         "evaluate",
         help="compare schemes on a model and a text: memory, bits per byte, KL to bf16, top-1 agreement",
         description="Loads a byte-level model in bf16 and under each scheme, lets it predict a text, and prints "
-        "memory, bits per byte, and the distance of its predictions from those of bf16. A scheme quantizes what its "
-        "name stands for when a model is loaded: experts and attention's projections, or experts only.",
+        "memory, bits per byte, and the distance of its predictions from those of bf16. Schemes quantize the experts "
+        "only; with --dense also attention's projections, where the name does so when a model is loaded by it.",
     )
     parser.add_argument("path", metavar="PATH", help="a model folder: config.json with vocab_size 256, and checkpoint/")
     parser.add_argument(
@@ -32,6 +32,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help=f"names, with commas between; bf16 is always there. {ALL} (the default): each, those with "
         "several names once, without those that do not fit the sizes of the model",
     )
+    parser.add_argument("--dense", action="store_true", help="quantize dense layers as well, as models.load does")
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="what to predict (default: the shipped held-out text)"
     )
@@ -49,8 +50,8 @@ def run(args: argparse.Namespace) -> None:
     if args.plot is not None:
         picture.check(args.plot)
     text, description = _text(args.text, args.bytes)
-    schemes, left_out = _schemes(args.schemes, args.path)
-    rows = [each.row for each in comparison.compare(args.path, text, schemes)]
+    schemes, left_out = _schemes(args.schemes, args.path, dense=args.dense)
+    rows = [each.row for each in comparison.compare(args.path, text, schemes, dense=args.dense)]
     output.write_json(args.json, [dataclasses.asdict(row) for row in rows])
     console = output.stdout()
     console.print(table.table(rows, COLUMNS, text=description))
@@ -78,7 +79,7 @@ def _text(file: Path | None, num_bytes: int | None) -> tuple[bytes, str]:
     return text, f"{len(text) - 1:,} bytes of {'held-out text' if file is None else file.name}"
 
 
-def _schemes(names: str, path: str) -> tuple[list[str], list[str]]:
+def _schemes(names: str, path: str, *, dense: bool) -> tuple[list[str], list[str]]:
     """What to measure, and of `all` what cannot be, with the reason; finds out from metadata alone.
 
     Raises:
@@ -102,7 +103,7 @@ def _schemes(names: str, path: str) -> tuple[list[str], list[str]]:
     wanted, refused = list(dict.fromkeys([comparison.UNQUANTIZED, *chosen])), {}
     for name in wanted:
         try:
-            models.plan(path, quantization=comparison.quantization(name))
+            models.plan(path, quantization=comparison.quantization(name, dense=dense))
         except ConfigError as error:
             refused[name] = f"{name}: {error}"
     if refused and (names.strip() != ALL or comparison.UNQUANTIZED in refused):

@@ -62,12 +62,12 @@ def table(rows: Sequence[Row], columns: Sequence[str], *, text: str) -> Table:
 
 
 def _reach(rows: Sequence[Row]) -> str:
-    """Which layers were quantized: what a name stands for when a model is loaded by it."""
+    """Which layers were quantized."""
     both, experts = ([row.scheme for row in rows if row.weight and row.linear == linear] for linear in (True, False))
-    reach = ["experts and attention's projections"] if both else []
-    if experts:
-        reach.append(f"by {' and '.join(experts)} only the experts")
-    return f"Quantized, as these names say to models.load: {'; '.join(reach)}." if reach else "Nothing is quantized."
+    if not both:
+        return "Quantized: the experts." if experts else "Nothing is quantized."
+    but = f"; by {' and '.join(experts)} only the experts" if experts else ""
+    return f"Quantized, as these names say to models.load: experts and attention's projections{but}."
 
 
 def _aliases(rows: Sequence[Row]) -> list[str]:

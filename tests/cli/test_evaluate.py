@@ -69,7 +69,7 @@ def test_all_schemes(fits_all, monkeypatch, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(200)))
     picture = tmp_path / "schemes.png"
-    rows = run(fits_all, "--schemes", "all", "--text", text, "--plot", picture, tmp_path / "rows.json")
+    rows = run(fits_all, "--schemes", "all", "--dense", "--text", text, "--plot", picture, tmp_path / "rows.json")
     assert list(rows) == EVERY
     assert {*EVERY, *itertools.chain(*ALIASES.values())} == {"bf16", *SHORTHANDS}
     out = capsys.readouterr().out
@@ -105,13 +105,14 @@ def test_shipped_model(tmp_path, capsys):
     text = np.frombuffer(HELDOUT_TEXT.read_bytes()[:2001], np.uint8)
     sizes = {"window": comparison.WINDOW, "batch": comparison.BATCH}
     reference = log_probabilities(models.load(PYTHON_MOE_7M, progress=False).model, text, **sizes)
-    lm = models.load(PYTHON_MOE_7M, quantization="int4_w4a16", progress=False)
+    lm = models.load(PYTHON_MOE_7M, quantization={"moe": "int4_w4a16"}, progress=False)
     expected = evaluate(lm.model, text, **sizes, reference=reference)
     row = rows["int4_w4a16"]
     # one compiled program, so the same sums; the reference went over the host, which keeps f32
     found = (row["bits_per_byte"], row["kl"], row["top1_agreement"])
     assert found == (expected.bits_per_byte, expected.kl_per_byte, expected.top1_agreement)
-    assert row["stored_bytes"] == lm.report.resident_bytes  # what this name loads: dense layers too
+    assert row["stored_bytes"] == lm.report.resident_bytes
+    assert not row["linear"]
     assert rows["int8_w8a16"]["kl"] < row["kl"] / 10  # 7 bits against 3
 
 
@@ -120,7 +121,7 @@ def measured(monkeypatch):
     """The command without its work: what it would measure."""
     calls = []
 
-    def compare(path, text, names):
+    def compare(path, text, names, *, dense):
         calls.append((text, names))
         row = comparison.Row(
             **dict.fromkeys(("weight", "activation", "tokens_per_second")),
@@ -157,6 +158,9 @@ def test_each_model_is_planned_once(measured, monkeypatch):
     planned = []
     monkeypatch.setattr(models, "plan", lambda path, *, quantization: planned.append(quantization))
     assert main(["evaluate", str(PYTHON_MOE_7M), "--schemes", " all"]) == 0
+    assert planned == [None, *({"moe": name} for name in EVERY[1:])]
+    planned.clear()
+    assert main(["evaluate", str(PYTHON_MOE_7M), "--schemes", "all", "--dense"]) == 0
     assert planned == [None, *EVERY[1:]]
     assert measured[0][1] == EVERY
 

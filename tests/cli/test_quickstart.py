@@ -80,7 +80,7 @@ def assert_memory(rows):
     for row in rows.values():
         assert row["stored_bytes"] <= row["peak_bytes"] <= row["planned_peak_bytes"]
     for scheme in SCHEMES[1:]:
-        assert 0.5 < rows[scheme]["stored_bytes"] / rows["bf16"]["stored_bytes"] < 0.53  # 98 % of the bytes in 8 bits
+        assert 0.55 < rows[scheme]["stored_bytes"] / rows["bf16"]["stored_bytes"] < 0.6  # experts are 87 % of the bytes
         assert rows[scheme]["peak_bytes"] < rows["bf16"]["stored_bytes"]
 
 
