@@ -192,7 +192,7 @@ def _store(
     stats = jax.device_get(stats)
     for source, finite in zip(target.parts, stats.finite, strict=True):
         if not finite.all():
-            first = int(unit.start + np.argmin(finite)) if (target.leaf.axes or "").startswith("E") else None
+            first = int(unit.start + np.argmin(finite)) if "E" in (source.axes or target.leaf.axes or "") else None
             failures.not_finite.setdefault(source.stored.name, first)
     leaf.error.append(stats.error)
     leaf.norm.append(stats.norm)
