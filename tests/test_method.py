@@ -23,7 +23,6 @@ from pallas_kernels import UnsupportedError
 from sources import BF16, check_quantized, random
 from tolerance import assert_close, assert_same_bits
 
-pytestmark = pytest.mark.smoke
 E, H, INNER, T = 4, 160, 96, 33
 MOE = MoEConfig(num_experts=E, top_k=2, hidden_size=H, intermediate_size=INNER)
 BATCH, ROW = 4e-3, 2e-2  # three roundings to bf16, of gate and up, of the activation and of the result
@@ -66,6 +65,7 @@ def tolerances(scheme):
     return {"batch": CODES_BATCH, "worst_row": CODES_ROW} if quantizes_inputs else {"batch": BATCH, "worst_row": ROW}
 
 
+@pytest.mark.smoke
 def test_create_weights():
     mesh = AbstractMesh((2, 2), ("expert", "tensor"))
     method = get_method("fp8_per_block", dataclasses.replace(MOE, has_bias=True))
@@ -169,6 +169,7 @@ def test_permuted_experts_change_nothing():
         assert_close(jax.jit(method.apply_monolithic)(moved, X, LOGITS), expected, batch=BATCH, worst_row=ROW)
 
 
+@pytest.mark.smoke
 def test_functional_layer():
     router = even(H, E, seed=6).astype(BF16)
     x = X[:32].reshape(4, 8, H)

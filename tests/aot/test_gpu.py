@@ -152,11 +152,15 @@ def loader_step(name, shape, part, devices, order=None):
     return StepCache().get(leaf, (layout,), [S(part, BF16, sharding=leaf.values.sharding)])
 
 
+SLOW = ("fp8_per_tensor", "fp8_per_channel", "int4_per_group", "int4_per_group_64", "int4_per_group_32", "mxfp8")
+MARKS = {"mxfp4": pytest.mark.smoke, **dict.fromkeys(SLOW, pytest.mark.slow)}
+
+
 @pytest.mark.parametrize(
     ("model", "name"),
     [
-        *(pytest.param("mixtral", name, marks=pytest.mark.smoke if name == "mxfp4" else ()) for name in WEIGHTS),
-        *(("qwen3-30b", name) for name in ("fp8_per_channel", "int4_per_group", "nvfp4")),
+        *(pytest.param("mixtral", name, marks=MARKS.get(name, ())) for name in WEIGHTS),
+        *(("qwen3-30b", name) for name in ("fp8_per_channel", "int4_per_group")),
     ],
 )
 def test_quantization_in_place(model, name, tmp_path):

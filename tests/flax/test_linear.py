@@ -16,7 +16,6 @@ from pallas_kernels import UnsupportedError
 from sources import BF16, quiet_load
 from tolerance import assert_close, assert_same_bits
 
-pytestmark = pytest.mark.smoke
 K, N = 256, 200
 X = np.random.default_rng(0).standard_normal((2, 7, K), np.float32).astype(BF16)
 SOURCE = {

@@ -27,7 +27,6 @@ from sources import (
     quiet_load,
 )
 
-pytestmark = pytest.mark.smoke
 TREE = ours(e=2, h=48, i=32)
 
 

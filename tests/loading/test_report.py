@@ -13,7 +13,6 @@ import moe_online
 from numpy_quantizer import dequantize_numpy, quantize_numpy
 from sources import KEN_MAPPING, as_ken, declared, ours, quiet_load
 
-pytestmark = pytest.mark.smoke
 TREE = ours(e=3, h=160, i=96, layers=2)
 SCHEMES = {"fp8_per_block": "fp8_per_block", "fp8_per_channel": "fp8_per_channel", "int8_w8a16": "int8_per_channel"}
 

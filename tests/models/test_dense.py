@@ -27,7 +27,11 @@ def bf16():
 
 @pytest.mark.parametrize(
     ("linear", "rise"),
-    [("int8_w8a16", 0.01), ("fp8_per_block", 0.01), ("nvfp4_w4a16", 0.06)],  # as for experts of 8 and of 4 bits
+    [
+        pytest.param("int8_w8a16", 0.01, marks=pytest.mark.slow),
+        ("fp8_per_block", 0.01),
+        pytest.param("nvfp4_w4a16", 0.06, marks=pytest.mark.slow),
+    ],  # as for experts of 8 and of 4 bits
 )
 def test_quantized_projections_cost_little(bf16, linear, rise):
     blocks, bits = bf16

@@ -127,6 +127,7 @@ def test_training_learns_and_does_not_depend_on_dispatches(trainer, library):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_whole_run(library, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "CONFIG", TINY)
     out = tmp_path / "out"

@@ -9,7 +9,6 @@ from pallas_kernels.bench import quantize, timing
 from pallas_kernels.bench.floors import Floors
 
 
-@pytest.mark.smoke
 def test_on_a_cpu(tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     arguments = ["--models", "tiny", "--formats", "mxfp4,int4_per_group", "--peers", "none", "--commit", "abc"]

@@ -19,6 +19,8 @@ from pallas_kernels.quantize.quotient import divisor
 from races import no_races
 from special_numbers import SPECIAL, cast, special_experts
 
+FOUR = ("fp8_per_block", "int8_per_channel", "mxfp4", "nvfp4")  # of each way through the kernels one
+
 
 def needs_interpreter(test):
     lacking = jax.__version_info__[:2] < FIRST_JAX or jax.default_backend() != "cpu"
@@ -51,7 +53,9 @@ def test_bits_and_places(name):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize(
+    "name", [*FOUR, *(pytest.param(name, marks=pytest.mark.slow) for name in WEIGHTS if name not in FOUR)]
+)
 def test_special_numbers(name):
     x = cast(special_experts(alone=by_name(name).whole_matrix), ml_dtypes.bfloat16)
     out, loss = run(leaf(name, x.shape), x, amax=amax_of(leaf(name, x.shape), x))
@@ -63,7 +67,7 @@ def test_special_numbers(name):
 @pytest.mark.parametrize("name", ["mxfp8", "int4_per_group", "fp8_per_block", "int8_per_channel"])
 def test_many_tiles(name):
     """More tiles along K than a program keeps at once, and more rows than one has."""
-    x = weights((1, 2, 256, 1280))
+    x = weights((1, 2, 256, 1280))[:, :1]
     out, _ = run(leaf(name, x.shape), x)
     assert_same_parts(out, quantize_numpy(x, name))
 
@@ -96,17 +100,17 @@ def test_rounding_of_hard_quotients(name, largest):
     numbers, scales = hard_quotients()
     assert len(numbers) > 30_000
     fmt, wrong_without = by_name(name), 0
-    for exponent in range(-40, 40):
+    by, run_divided = divisor(jnp.asarray(scales)), jax.jit(lambda x, by: divided(x, by, fmt).code)
+    for exponent in range(2, 27):
         x = numbers * np.float32(2.0**exponent)
         keep = (x / scales <= largest) & (x / scales >= 2.0**-12)
-        for signed in (x[keep], -x[keep]):
-            by = divisor(jnp.asarray(scales[keep]))
-            found = np.asarray(divided(jnp.asarray(signed), by, fmt).code)
+        for signed in (x, -x):
+            found = np.asarray(run_divided(jnp.asarray(signed), by))[keep]
             found = found.view(np.uint8) if fmt.code == E4M3 else found & 2**fmt.bits - 1
-            expected = codes_of(signed / scales[keep], fmt)
+            expected = codes_of((signed / scales)[keep], fmt)
             np.testing.assert_array_equal(found, expected)
             # a product with the reciprocal is not enough
-            wrong_without += np.count_nonzero(codes_of(signed * (1 / scales[keep]), fmt) != expected)
+            wrong_without += np.count_nonzero(codes_of((signed * (1 / scales))[keep], fmt) != expected)
     assert wrong_without > 100
 
 
