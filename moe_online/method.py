@@ -11,11 +11,13 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from moe_online.config import MoEConfig
+from moe_online.errors import NonFiniteWeight
 from moe_online.experts import ExpertWeights, abstract_experts
 from moe_online.schemes import SHORTHANDS, QuantSpec, SchemeLike, Shorthand, add_shorthand, parse_scheme
 from pallas_kernels import Format, QuantizedArray, fused_moe, quantize, route
@@ -141,10 +143,15 @@ class SpecMethod(OnlineMoEMethodBase):
         self.spec = spec
 
     def process_weights_after_loading(self, weights: ExpertWeights) -> ExpertWeights:
-        """Quantizes both weights; biases stay. See the base class."""
+        """Quantizes both weights; biases stay. See the base class.
+
+        Raises:
+          NonFiniteWeight: NaN or infinity, for which there is no scale. Under `jit` nobody can tell: check before.
+        """
         w13_weight, w2_weight = (unquantized(weights, name) for name in ("w13_weight", "w2_weight"))
         if self.spec is None or self.spec.weight is None:
             return weights
+        _check_finite(w13_weight=w13_weight, w2_weight=w2_weight)
         return dataclasses.replace(
             weights,
             w13_weight=_by_expert(w13_weight, self.spec.weight),
@@ -201,6 +208,20 @@ def unquantized(weights: ExpertWeights, name: str) -> jax.Array:
     if isinstance(weight, QuantizedArray):
         raise ValueError(f"{name} is quantized already, as {weight.format.name!r}; process weights once only")
     return weight
+
+
+def _check_finite(**weights: jax.Array) -> None:
+    bad = [name for name, w in weights.items() if not isinstance(w, jax.core.Tracer) and not _all_finite(w)]
+    if bad:
+        raise NonFiniteWeight(
+            f"NaN or infinite elements in {' and '.join(bad)}; no scale can represent them", names=bad
+        )
+
+
+@jax.jit
+def _all_finite(weight: jax.Array) -> jax.Array:
+    finite: jax.Array = jnp.all(jnp.isfinite(weight))
+    return finite
 
 
 def _by_expert(weight: jax.Array, fmt: Format) -> QuantizedArray:

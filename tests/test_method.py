@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 import definition
 from by_name import assert_same_parts, by_name
 from moe_online.config import MoEConfig, OnlineQuantConfig
-from moe_online.errors import ConfigError
+from moe_online.errors import ConfigError, NonFiniteWeight
 from moe_online.experts import ExpertWeights
 from moe_online.layer import moe_layer
 from moe_online.method import OnlineMoEMethodBase, get_method, register_scheme
@@ -156,6 +156,15 @@ def test_codes_are_numpys_and_gate_and_up_share_a_scale_of_all(name):
     given = jax.jit(get_method(spec, MOE).process_weights_after_loading)(weights())
     assert_same_parts(given.w13_weight, quantize_numpy(TREE["w13_weight"], name, shared_axes=(1,)))
     assert_same_parts(given.w2_weight, quantize_numpy(TREE["w2_weight"], name))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_scale_for_what_is_not_finite(value):
+    given = weights()
+    given = dataclasses.replace(given, w2_weight=given.w2_weight.at[1, 2, 3].set(value))
+    with pytest.raises(NonFiniteWeight, match="NaN or infinite elements in w2_weight; no scale") as caught:
+        get_method("mxfp8", MOE).process_weights_after_loading(given)
+    assert caught.value.names == ("w2_weight",)
 
 
 def test_permuted_experts_change_nothing():

@@ -61,8 +61,7 @@ def quantize(
         raise UnsupportedError(
             f"quantize: {implementation!r} has no kernel that returns new arrays; use 'xla', or quantize_into"
         )
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise TypeError(f"{x.dtype=} must be bfloat16, float16 or float32; cast the source, or load it as stored")
+    check_dtype(x)
     fmt.check_shape(x.shape)
     if not all(-x.ndim <= axis < x.ndim and axis % x.ndim < x.ndim - 2 for axis in shared_axes):
         raise ValueError(f"{shared_axes=} must be leading axes of {x.shape=}, before [N, K]")
@@ -76,3 +75,9 @@ def quantize(
 def matrix_amax(x: Float[Array, "*batch N K"]) -> Float[Array, "*batch"]:
     """Largest magnitude of each matrix, in f32; 0 below 2**-126, NaN where there is one."""
     return reference.matrix_amax(x)
+
+
+def check_dtype(x: Float[Array, "*shape"]) -> None:
+    """Raises TypeError unless `x` is of a dtype that is quantized."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise TypeError(f"{x.dtype=} must be bfloat16, float16 or float32; cast the source, or load it as stored")

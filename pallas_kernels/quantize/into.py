@@ -13,6 +13,7 @@ from pallas_kernels.bits import update
 from pallas_kernels.formats import QuantizedArray
 from pallas_kernels.implementations import Implementation, Kernel, choose
 from pallas_kernels.quantize import reference
+from pallas_kernels.quantize.api import check_dtype
 
 KERNELS: dict[Implementation, str] = {"mosaic_gpu": "pallas_kernels.quantize.mosaic_gpu"}
 
@@ -36,6 +37,11 @@ class IntoCall:
     start: Any
     half: int | None
     amax: Any  # [e], or None
+
+    def written(self, old: jax.Array, new: jax.Array) -> jax.Array:
+        """A child of the leaf with that of these experts, laid out like `x`, in its place."""
+        place = (self.start,) if self.half is None else (self.start, self.half)
+        return update(old, new if self.half is None else new[:, None], (*place, *(0,) * (old.ndim - len(place))))
 
 
 def quantize_into(
@@ -82,8 +88,7 @@ def kernel_for(out: QuantizedArray, x: Any, half: int | None = None) -> Kernel |
 
 def _validated(out: QuantizedArray, x: Any, start: Any, half: int | None, amax: Any) -> IntoCall:
     shape = out.shape
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise TypeError(f"{x.dtype=} must be bfloat16, float16 or float32; cast the source, or load it as stored")
+    check_dtype(x)
     expected = shape[1:] if half is None else shape[2:]
     if x.ndim < 3 or x.shape[1:] != expected or (half is not None and (len(shape) != 4 or not 0 <= half < shape[1])):
         raise ValueError(f"{x.shape=} with {half=} must be [e, *{expected}] for a leaf of shape {shape}")
@@ -103,15 +108,10 @@ def _xla(call: IntoCall) -> tuple[QuantizedArray, QuantizationLoss]:
     if amax is not None:
         amax = jnp.broadcast_to(amax.reshape(-1, *(1,) * (x.ndim - 3)), x.shape[:-2])
     q = reference.quantize(x, fmt, amax=amax)
-    place = (call.start,) if call.half is None else (call.start, call.half)
-
-    def written(old: Any, new: Any) -> Any:
-        return update(old, new if call.half is None else new[:, None], (*place, *(0,) * (old.ndim - len(place))))
-
     inner = tuple(range(1, x.ndim))
     loss = QuantizationLoss(
         error=jnp.sum(jnp.square(q.dequantize(jnp.float32) - x), axis=inner),
         norm=jnp.sum(jnp.square(x), axis=inner),
         finite=jnp.all(jnp.isfinite(x), axis=inner),
     )
-    return jax.tree.map(written, out, q), loss
+    return jax.tree.map(call.written, out, q), loss

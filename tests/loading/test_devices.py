@@ -70,7 +70,7 @@ from numpy_quantizer import quantize_numpy
 from sources import BF16, random, swapped
 
 k, n = 256, 512
-source = {"kernel": random(k, n)}
+source, checked = {"kernel": random(k, n)}, 0
 for weight in ("fp8_per_block", "fp8_per_tensor", "nvfp4", None):
     for spec in (PartitionSpec(None, "tensor"), PartitionSpec("tensor"), PartitionSpec("expert", "tensor"), None):
         abstract = nnx.eval_shape(lambda: Linear(k, n, use_bias=False, rngs=nnx.Rngs(0)))
@@ -79,6 +79,7 @@ for weight in ("fp8_per_block", "fp8_per_tensor", "nvfp4", None):
             abstract.kernel.set_value(jax.ShapeDtypeStruct((k, n), BF16, sharding=sharding))
         config = None if weight is None else {"linear": QuantSpec(weight, None)}
         kernel = quiet_load(abstract, source, quantization=config, mesh=mesh).params.kernel.get_value()
+        checked += 1
         spec = PartitionSpec(*spec, *[None] * (2 - len(spec))) if spec is not None else PartitionSpec(None, None)
         if weight is None:
             assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
@@ -86,7 +87,7 @@ for weight in ("fp8_per_block", "fp8_per_tensor", "nvfp4", None):
         transposed = NamedSharding(mesh, PartitionSpec(*reversed(spec)))
         assert kernel.weight.values.sharding.is_equivalent_to(transposed, 2)
         assert_same_parts(kernel.weight, quantize_numpy(swapped(source["kernel"]), weight))
-print(json.dumps(None))
+print(json.dumps(checked))
 """
 ERRORS = """
 found = []
@@ -132,7 +133,7 @@ def test_bits_and_places(request):
 
 
 def test_dense_kernels_are_transposed_with_their_shardings(request):
-    run(KERNELS, request)
+    assert run(KERNELS, request) == 16
 
 
 def test_shards_that_do_not_fit(request):

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.bits import update
 from pallas_kernels.formats import QuantizedArray
 from pallas_kernels.hopper import unsupported_here
 from pallas_kernels.quantize.into import IntoCall, QuantizationLoss
@@ -77,9 +76,7 @@ def run(call: IntoCall) -> tuple[QuantizedArray, QuantizationLoss]:
 def _with_scales(out: QuantizedArray, scales: Float[Array, "e S"], call: IntoCall) -> QuantizedArray:
     """`out` with the scales of whole matrices in their places."""
     old: Any = out.global_scale if out.format.two_level else out.scales  # [E, (S,)], of one-level formats also [1, 1]
-    place = (call.start,) if call.half is None else (call.start, call.half)
-    new = scales.reshape(scales.shape[0], *old.shape[1:] if call.half is None else (1, *old.shape[2:]))
-    new = update(old, new, (*place, *(0,) * (old.ndim - len(place))))
+    new = call.written(old, scales.reshape(scales.shape[0], *old.shape[1 if call.half is None else 2 :]))
     if out.format.two_level:
         return dataclasses.replace(out, global_scale=new)
     return dataclasses.replace(out, scales=new)
