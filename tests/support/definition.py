@@ -11,11 +11,11 @@ import numpy as np
 from numpy_quantizer import dequantize_numpy, quantize_numpy
 
 
-def real(x, name=None):
-    """float64 values of `x`, quantized on the way where a format is named."""
+def real(x, name=None, shared_axes=()):
+    """float64 values of `x`, quantized on the way where a format is named; a scale of all may span these axes too."""
     if name is None:
         return np.asarray(x).astype(np.float64)
-    return dequantize_numpy(quantize_numpy(x, name), name)
+    return dequantize_numpy(quantize_numpy(x, name, shared_axes), name)
 
 
 def rounded(x, dtype):
@@ -26,17 +26,34 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def activation(name, gate, up, alpha=1.702, beta=1.0, limit=None):
+def gelu(x):
+    return x * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2))) / 2
+
+
+def gelu_tanh(x):
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+ALONE = {
+    "silu": lambda x: x * sigmoid(x),
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+def activation(name, gate, up=None, alpha=1.702, beta=1.0, limit=None, linear_beta=None):
+    if name.endswith("_no_mul"):
+        return ALONE[name.removesuffix("_no_mul")](gate)
+    if name == "swiglustep":
+        return np.minimum(ALONE["silu"](gate), limit) * np.clip(up, -limit, limit)
+    if name == "situ":
+        value = up if linear_beta is None else linear_beta * np.tanh(up / linear_beta)
+        return beta * np.tanh(gate / beta) * sigmoid(gate) * value
     if limit is not None:
         gate, up = np.minimum(gate, limit), np.clip(up, -limit, limit)
-    if name == "silu":
-        return gate * sigmoid(gate) * up
-    if name == "gelu":
-        return gate * (1 + np.vectorize(math.erf)(gate / math.sqrt(2))) / 2 * up
-    if name == "gelu_tanh":
-        return gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) / 2 * up
-    if name == "relu2":
-        return np.maximum(gate, 0) ** 2 * up
+    if name in ALONE:
+        return ALONE[name](gate) * up
     return gate * sigmoid(alpha * gate) * (up + beta)
 
 
@@ -71,7 +88,10 @@ def silu(gate, up):
 def fused_moe(
     x, w13, w2, weights, ids, *, act=silu, act_format=None, b13=None, b2=None, expert_map=None, on_input=False
 ):
-    """`x [T, H]` in its dtype; `w13 [E, 2, I, H]` and `w2 [E, H, I]` float64, dequantized; result `[T, H]` float64."""
+    """`x [T, H]` in its dtype; `w13 [E, S, I, H]` and `w2 [E, H, I]` float64, dequantized; result `[T, H]` float64.
+
+    `act` takes S arguments: gate and up, or one. H of `w2` may be another.
+    """
     dtype = x.dtype
     if act_format == "fp8_per_tensor_dynamic":  # tokens of no expert are padding: their magnitude has no say
         mapped = ids if expert_map is None else np.where((ids >= 0) & (ids < len(expert_map)), expert_map[ids], -1)
@@ -85,12 +105,18 @@ def fused_moe(
                 e = expert_map[e] if 0 <= e < len(expert_map) else -1
             if not 0 <= e < w2.shape[0]:
                 continue
-            gate, up = (rounded(w13[e, s] @ rows[t] + (0 if b13 is None else b13[e, s]), dtype) for s in (0, 1))
+            sums = (w13[e, s] @ rows[t] + (0 if b13 is None else b13[e, s]) for s in range(w13.shape[1]))
             routed.append((t, j, e))
-            hidden.append(rounded(act(gate, up), dtype))
-    out = np.zeros(x.shape)
+            hidden.append(rounded(act(*(rounded(each, dtype) for each in sums)), dtype))
+    out = np.zeros((x.shape[0], w2.shape[1]))
     if routed:  # quantized together: a per-tensor scale spans the rows that were routed
         for (t, j, e), a in zip(routed, real(np.stack(hidden), act_format), strict=True):
             h = w2[e] @ a + (0 if b2 is None else b2[e])
             out[t] += h if on_input else h * weights[t, j]
     return out
+
+
+def shared_experts(x, w13, w2, *, gate=None, **options):
+    """One expert `[1, S, I, K]`, `[1, H, I]` for every token of `x [T, K]`; `gate [K]` weighs its output."""
+    weights = np.ones((x.shape[0], 1)) if gate is None else sigmoid(real(x) @ gate)[:, None]
+    return fused_moe(x, w13, w2, weights, np.zeros(weights.shape, np.int64), **options)

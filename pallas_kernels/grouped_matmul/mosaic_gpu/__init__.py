@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -16,7 +17,7 @@ from pallas_kernels.hopper import unsupported_here
 
 __all__ = ["MosaicGpuConfig", "run", "unsupported"]
 
-UNSUPPORTED_ACTIVATIONS = {"gelu": "error function"}
+NOT_IN_KERNELS = ("gelu", "gelu_no_mul")  # they need the error function, which jax lacks there: applied in XLA
 DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -32,8 +33,6 @@ def unsupported_anywhere(call: Call) -> str | None:
     for name in ("activation_format", "out_format"):
         if getattr(call, name) is not None:
             return f"it does not take {name} yet"
-    if call.epilogue is not None and call.epilogue.name in UNSUPPORTED_ACTIVATIONS:
-        return f"jax has no {UNSUPPORTED_ACTIVATIONS[call.epilogue.name]} in its kernels, for {call.epilogue.name!r}"
     return _unsupported_arrays(call) or _unsupported_config(call)
 
 
@@ -42,7 +41,7 @@ def _unsupported_arrays(call: Call) -> str | None:
     if lhs.dtype != rhs.dtype or lhs.dtype not in DTYPES:
         return f"it multiplies bfloat16 with bfloat16 or float16 with float16, not {lhs.dtype} with {rhs.dtype}"
     n, k = math.prod(rhs.shape[1:-1]), rhs.shape[-1]
-    unit = 64 if call.epilogue is None else 128  # gate and up in equal parts
+    unit = 128 if call.gated else 64  # gate and up in equal parts
     if n % unit or n < 128 or k % 64 or not k:
         return f"N={n} must be a multiple of {unit}, at least 128, and K={k} one of 64"
     return None
@@ -57,13 +56,15 @@ def _unsupported_config(call: Call) -> str | None:
     if config.smem_bytes() > SMEM_LIMIT:
         return f"{config} takes {config.smem_bytes()} bytes of shared memory of {SMEM_LIMIT}; use fewer stages"
     n = math.prod(call.rhs.shape[1:-1])
-    if call.epilogue is not None and config.warpgroup_n < 128:
-        return f"{config} gives a warpgroup {config.warpgroup_n} columns; with an epilogue it needs 128, gate and up"
+    if call.gated and config.warpgroup_n < 128:
+        return f"{config} gives a warpgroup {config.warpgroup_n} columns; gated it needs 128, gate and up"
     return f"{config.block_n=} is above N={n}" if config.block_n > n else None
 
 
 def run(call: Call) -> jax.Array:
     """Serves a call that `unsupported` let pass."""
+    if call.epilogue is not None and call.epilogue.name in NOT_IN_KERNELS:
+        return call.epilogue.of_rows(run(dataclasses.replace(call, epilogue=None))).astype(call.out_dtype)
     from pallas_kernels.grouped_matmul.mosaic_gpu.sm90_bf16 import grouped_matmul_bf16
 
     lhs, rhs = call.lhs, call.rhs
@@ -73,8 +74,8 @@ def run(call: Call) -> jax.Array:
     rhs = rhs.reshape(num_experts, -1, k)
     (m, _), n = lhs.shape, rhs.shape[1]
     if m == 0 or num_experts == 0:
-        return jnp.zeros((m, n if call.epilogue is None else n // 2), call.out_dtype)
-    config = call.config or heuristic(m=m, num_experts=num_experts, n=n, gated=call.epilogue is not None)
+        return jnp.zeros((m, n // 2 if call.gated else n), call.out_dtype)
+    config = call.config or heuristic(m=m, num_experts=num_experts, n=n, gated=call.gated)
     tiles = plan_work(
         call.metadata.group_starts,
         call.group_sizes,

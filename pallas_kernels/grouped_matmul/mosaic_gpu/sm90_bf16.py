@@ -44,10 +44,11 @@ def grouped_matmul_bf16(
     """`lhs [M, K]` times the expert of each row in `rhs [E, N, K]`, plus `bias [E, N]`; K and N are multiples of 64.
 
     Returns:
-      `[M, N]` in `out_dtype`, or with an epilogue `[M, N/2]`: gate and up rows of the same features meet in one tile.
-      Zero in rows of no expert.
+      `[M, N]` in `out_dtype`, or with a gated epilogue `[M, N/2]`: gate and up rows of the same features meet in one
+      tile. Zero in rows of no expert.
     """
-    m, n_out = lhs.shape[0], rhs.shape[1] // (1 if epilogue is None else 2)
+    gated = epilogue is not None and epilogue.gated
+    m, n_out = lhs.shape[0], rhs.shape[1] // (2 if gated else 1)
     if m % ALIGNMENT:  # a swizzled operand consists of whole groups of rows
         lhs = jnp.pad(lhs, ((0, -m % ALIGNMENT), (0, 0)))
     bm, bn, bk, stages = config.block_m, config.block_n, config.block_k, config.stages
@@ -66,7 +67,7 @@ def grouped_matmul_bf16(
             plgpu.SMEM((stages, bm, bk), lhs.dtype, transforms=operand),
             plgpu.SMEM((stages, bn, bk), rhs.dtype, transforms=operand),
             plgpu.SMEM((COMPUTE_WARPGROUPS, 2, WARPGROUP_ROWS, store_n), out_dtype, transforms=stored),
-            plgpu.Barrier(num_arrivals=1 + len(_pieces(config, gated=epilogue is not None)), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=1 + len(_pieces(config, gated=gated)), num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
         ],
     )
@@ -129,7 +130,8 @@ class _Work:
         epilogue: Activation | None,
     ):
         self.config, self.epilogue, self.n_out = config, epilogue, n_out
-        halves = 1 if epilogue is None else 2
+        self.gated = epilogue is not None and epilogue.gated
+        halves = 2 if self.gated else 1
         self.block_n = config.block_n // halves  # columns of the output per tile
         self.warpgroup_n = config.warpgroup_n // halves  # and per warpgroup
         self._tiles_gmem, self._k_steps = tiles_gmem, k_steps
@@ -168,7 +170,7 @@ def _load(work: _Work, lhs_gmem: Any, rhs_gmem: Any, lhs_smem: Any, rhs_smem: An
 
             ks = pl.ds(pl.multiple_of(ki * bk, bk), bk)
             plgpu.copy_gmem_to_smem(lhs_gmem.at[pl.ds(row, bm), ks], lhs_smem.at[slot], loaded.at[slot])
-            for place, half, offset, size in _pieces(work.config, gated=work.epilogue is not None):
+            for place, half, offset, size in _pieces(work.config, gated=work.gated):
                 features = pl.ds(pl.multiple_of(column + (half * work.n_out + offset), 8), size)
                 piece_smem = rhs_smem.at[slot, pl.ds(place, size)]
                 plgpu.copy_gmem_to_smem(rhs_gmem.at[expert, features, ks], piece_smem, loaded.at[slot])
@@ -269,7 +271,7 @@ class _Epilogue(NamedTuple):
         activation = self.work.epilogue
         if activation is None:
             return rounded(0)
-        return activation(rounded(0), rounded(1)).astype(self.out_gmem.dtype)
+        return activation(*map(rounded, range(2 if self.work.gated else 1))).astype(self.out_gmem.dtype)
 
 
 def _in_bands(index: jax.Array, num_tiles: jax.Array, n_tiles: int, band: int) -> tuple[jax.Array, jax.Array]:

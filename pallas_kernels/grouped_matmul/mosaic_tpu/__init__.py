@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -27,7 +28,7 @@ def unsupported_anywhere(call: Call) -> str | None:
     """Why it cannot serve a call on any TPU, or None."""
     if isinstance(call.lhs, QuantizedArray) or isinstance(call.rhs, QuantizedArray):
         return "it has no kernel for quantized operands yet"
-    for name in ("activation_format", "out_format", "bias", "epilogue"):
+    for name in ("activation_format", "out_format", "bias"):
         if getattr(call, name) is not None:
             return f"it does not take {name} yet"
     return _unsupported_arrays(call)
@@ -54,7 +55,9 @@ def _unsupported_config(call: Call) -> str | None:
 
 
 def run(call: Call) -> jax.Array:
-    """Serves a call that `unsupported` let pass."""
+    """Serves a call that `unsupported` let pass; an epilogue is applied in XLA."""
+    if call.epilogue is not None:
+        return call.epilogue.of_rows(run(dataclasses.replace(call, epilogue=None))).astype(call.out_dtype)
     from pallas_kernels.grouped_matmul.mosaic_tpu.kernel import grouped_matmul_bf16
 
     lhs, rhs = call.lhs, call.rhs

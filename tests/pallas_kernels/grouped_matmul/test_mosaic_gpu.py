@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import definition
-from pallas_kernels import UnsupportedError, grouped_matmul, make_group_metadata, quantize
+from pallas_kernels import Activation, UnsupportedError, grouped_matmul, make_group_metadata, quantize
 from pallas_kernels.grouped_matmul.call import Call, dispatch
 from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles, plan_work
@@ -118,6 +118,12 @@ def test_dtypes_and_shapes():
         ("gelu_tanh", TALL, True),
         ("relu2", None, False),
         ("swigluoai", None, True),
+        ("swiglustep", None, False),
+        ("situ", None, True),
+        ("gelu", None, True),
+        ("silu_no_mul", LOW, True),
+        ("relu2_no_mul", TALL, False),
+        ("gelu_no_mul", None, False),
     ],
 )
 def test_epilogue(name, config, biased):
@@ -125,15 +131,21 @@ def test_epilogue(name, config, biased):
     sizes = (70, 0, 127, 40)
     rng = np.random.default_rng(1)
     bias = jnp.asarray(rng.standard_normal((4, 512)), jnp.float32).astype(jnp.bfloat16) if biased else None
-    found = run(x, w, sizes, config=config, epilogue=name, bias=bias)
-    sums = expected_of(x, w, sizes, bias=None if bias is None else definition.real(bias))
-    gate, up = np.split(definition.rounded(sums, jnp.bfloat16), 2, axis=1)
-    limit = 7.0 if name == "swigluoai" else None
-    expected = definition.activation(name, gate, up, limit=limit)
+    parameters = {"swigluoai": {"limit": 7.0}, "swiglustep": {"limit": 7.0}, "situ": {"beta": 1.5}}.get(name, {})
+    found = run(x, w, sizes, config=config, epilogue=Activation(name, **parameters), bias=bias)
+    sums = definition.rounded(
+        expected_of(x, w, sizes, bias=None if bias is None else definition.real(bias)), jnp.bfloat16
+    )
+    if name.endswith("no_mul"):
+        halves, wrong = (sums,), (np.roll(sums, 1, axis=1),)
+    else:
+        halves = np.split(sums, 2, axis=1)
+        wrong = halves[::-1]
+    expected = definition.activation(name, *halves, **parameters)
     expected[sum(sizes) :] = 0
     assert_close(found, expected, **ACTIVATED)
     with pytest.raises(AssertionError):
-        assert_close(found, definition.activation(name, up, gate, limit=limit), batch=0.1, worst_row=0.1)
+        assert_close(found, definition.activation(name, *wrong, **parameters), batch=0.1, worst_row=0.1)
 
 
 @needs_interpreter
@@ -182,14 +194,13 @@ def test_work_covers_each_row_once():
         ("quantized operands", {"activation_format": "fp8_per_token", "quantized": True}),
         ("activation_format", {"activation_format": "fp8_per_token"}),
         ("out_format", {"out_format": "fp8_per_token"}),
-        ("gelu", {"epilogue": "gelu"}),
         ("float32 with float32", {"dtype": jnp.float32}),
         ("N=200", {"n": 200}),
         ("K=100", {"k": 100}),
         ("MosaicGpuConfig, not 3", {"config": 3}),
         ("bytes of shared memory", {"config": MosaicGpuConfig(block_m=128, block_n=256, stages=5)}),
         ("above N=128", {"config": TALL, "n": 128}),
-        ("needs 128, gate and up", {"config": LOW, "epilogue": "silu"}),
+        ("gated it needs 128, gate and up", {"config": LOW, "epilogue": "silu"}),
     ],
 )
 def test_reasons(says, options):

@@ -209,11 +209,20 @@ def test_a_config_is_checked_at_birth(bad):
         MosaicTpuConfig(**({"block_m": 32, "block_n": 128, "block_k": 128} | bad))
 
 
+@pytest.mark.parametrize("name", ["silu", "relu2_no_mul"])
+def test_an_epilogue_follows_the_kernel(name):
+    x, w = problem()
+    with interpreted("mosaic_tpu"):
+        found = grouped_matmul(x, w, jnp.array((24,) * 4, jnp.int32), epilogue=name, implementation="mosaic_tpu")
+    sums = definition.rounded(expected(x, w, (24,) * 4), jnp.bfloat16)
+    halves = (sums,) if name == "relu2_no_mul" else np.split(sums, 2, axis=1)
+    assert_close(found, definition.activation(name, *halves), batch=4.5e-3, worst_row=7e-3)
+
+
 def test_what_it_cannot_serve_it_names():
     x, w = problem(m=4, n=34, k=256)
     reasons = {
         "quantized operands": {"rhs": quantize(w, "fp8_per_channel")},
-        "does not take epilogue": {"epilogue": "silu"},
         "does not take bias": {"bias": jnp.zeros((4, 34))},
         "does not take activation_format": {"activation_format": "fp8_per_token"},
         "does not take out_format": {"out_format": "fp8_per_token"},
