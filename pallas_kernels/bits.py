@@ -1,4 +1,4 @@
-"""Small floats moved as the bits that they are: XLA:CPU would widen whole arrays of them to move a part."""
+"""Small floats as their bits: XLA:CPU widens whole arrays of them to move a part, and XLA:GPU may not round to them."""
 
 from __future__ import annotations
 
@@ -48,6 +48,13 @@ def update(out: jax.Array, new: jax.Array, starts: Sequence[jax.Array | int]) ->
         return written
     reals: jax.Array = lax.bitcast_convert_type(written, out.dtype)
     return reals
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """f32 `x` rounded to `dtype`, also where a cast back to f32 follows: XLA:GPU drops such a pair of casts to bf16."""
+    if dtype == jnp.bfloat16:
+        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
 
 
 def storage_bits(dtype: Any) -> np.dtype[Any]:

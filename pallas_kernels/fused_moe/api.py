@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.formats import Format, QuantizedArray
-from pallas_kernels.fused_moe import pipeline
-from pallas_kernels.grouped_matmul.operands import activation_format_for, check_float, check_operand
+from pallas_kernels.fused_moe.gradient import Arrays, Static, run
+from pallas_kernels.grouped_matmul.operands import activation_format_for, check_float, check_operand, result_dtype
 from pallas_kernels.implementations import Implementation
 
 
 def fused_moe(
     x: Float[Array, "T H"],
-    w13: Float[Array, "E 2 I H"] | Float[Array, "E N H"] | QuantizedArray,
+    w13: Float[Array, "E S I H"] | Float[Array, "E N H"] | QuantizedArray,
     w2: Float[Array, "E H I"] | QuantizedArray,
     topk_weights: Float[Array, "T top_k"],
     topk_ids: Int32[Array, "T top_k"],
     *,
     activation: Activation | str = "silu",
     activation_format: Format | str | None = None,
-    w13_bias: Float[Array, "E 2 I"] | Float[Array, "E N"] | None = None,
+    w13_bias: Float[Array, "E S I"] | Float[Array, "E N"] | None = None,
     w2_bias: Float[Array, "E H"] | None = None,
     expert_map: Int32[Array, " global_E"] | None = None,
     apply_router_weight_on_input: bool = False,
+    out_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "T H"]:
     """Sends each token through its experts and adds up their outputs, weighted.
@@ -35,26 +37,30 @@ def fused_moe(
 
     Args:
       x: bf16, f16 or f32 `[T, H]`.
-      w13: `[E, 2, I, H]`, gate and up, or `[E, 2I, H]`, gate rows first; quantized or not.
+      w13: `[E, 2, I, H]`, gate and up, or `[E, 2I, H]`, gate rows first; `[E, 1, I, H]` or `[E, I, H]` for an
+        activation that is not gated; quantized or not.
       w2: `[E, H, I]`, quantized or not.
       topk_weights: `[T, top_k]`; used in f32.
       topk_ids: int32 `[T, top_k]`. An id outside of `[0, E)` contributes nothing.
-      activation: A gated activation or its name.
+      activation: An activation or its name.
       activation_format: Quantizes `x` and the activation's output; `None` leaves them as they are.
-      w13_bias: `[E, 2, I]` or `[E, 2I]`, added in f32.
+      w13_bias: `[E, 2, I]` or `[E, 2I]`, of one activation that is not gated half of that; added in f32.
       w2_bias: `[E, H]`, added in f32.
       expert_map: int32 `[global_E]`: `topk_ids` are global ids, and this gives the place of each in `w13` and `w2`, or
         -1 for an expert that is elsewhere and contributes nothing.
       apply_router_weight_on_input: Multiplies `x` (rounded to its dtype) in place of the output; top_k must be 1.
+      out_dtype: bf16, f16 or f32. Default: that of `x`.
       implementation: Of the matmuls: `None` for the best one here, `"xla"`, `"mosaic_gpu"` or `"mosaic_tpu"`.
 
     Returns:
-      `[T, H]` in the dtype of `x`; the same bits from run to run.
+      `[T, H]`; the same bits from run to run. It is differentiable (in reverse) by `x`, `topk_weights`, biases, and
+      weights that are not quantized: the codes of quantized weights count as given, and the gradient passes straight
+      through the rounding of `activation_format`.
 
     Raises:
       TypeError: a dtype that is none of those above.
       ValueError: shapes that do not fit, an unknown format or activation, router weights on the input with top_k > 1.
-      UnsupportedError: the named implementation cannot serve; differentiation by `x`, the weights or biases.
+      UnsupportedError: the named implementation cannot serve; differentiation by quantized weights.
 
     Source: numerics and arguments of vllm/model_executor/layers/fused_moe/.
 
@@ -64,38 +70,42 @@ def fused_moe(
     [512.0, 512.0, 0.0]
     """
     check_operand("w2", w2, "[E, H, I]", role="weight")
-    check_operand("w13", w13, "[E, 2, I, H]" if w13.ndim == 4 else "[E, 2I, H]", role="weight")
+    activation = get_activation(activation)
+    check_operand("w13", w13, "[E, S, I, H]" if w13.ndim == 4 else "[E, S*I, H]", role="weight")
     check_operand("x", x, "[T, H]", role="activation")
     if isinstance(x, QuantizedArray):
         raise TypeError("x must be a real array [T, H]; give activation_format to have it quantized")
-    _check_weights(x, w13, w2)
-    _check_bias("w13_bias", w13_bias, (w13.shape[:-1], (w13.shape[0], 2, w2.shape[2]), (w13.shape[0], 2 * w2.shape[2])))
+    shards = 2 if activation.gated else 1
+    _check_weights(x, w13, w2, activation)
+    e, i = w2.shape[0], w2.shape[2]
+    _check_bias("w13_bias", w13_bias, (w13.shape[:-1], (e, shards, i), (e, shards * i)))
     _check_bias("w2_bias", w2_bias, (w2.shape[:2],))
     _check_routing(x, topk_weights, topk_ids, expert_map)
     if apply_router_weight_on_input and topk_ids.shape[1] != 1:
         raise ValueError(f"apply_router_weight_on_input needs top_k 1, not {topk_ids.shape[1]}: {topk_ids.shape=}")
-    return pipeline.fused_moe(
-        x,
-        w13,
-        w2,
-        topk_weights,
-        topk_ids,
-        activation=get_activation(activation),
+    static = Static(
+        activation=activation,
         activation_format=activation_format_for(x, activation_format),
-        w13_bias=w13_bias,
-        w2_bias=w2_bias,
-        expert_map=expert_map,
         apply_router_weight_on_input=apply_router_weight_on_input,
         implementation=implementation,
     )
+    dtype = result_dtype(x, out_dtype)
+    if topk_ids.size == 0:
+        return jnp.zeros(x.shape, dtype)
+    arrays = Arrays(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map)
+    return run(static, arrays).astype(dtype)
 
 
-def _check_weights(x: jax.Array, w13: jax.Array | QuantizedArray, w2: jax.Array | QuantizedArray) -> None:
+def _check_weights(
+    x: jax.Array, w13: jax.Array | QuantizedArray, w2: jax.Array | QuantizedArray, activation: Activation
+) -> None:
     num_experts, hidden, intermediate = w2.shape
-    wanted = (num_experts, 2, intermediate, hidden), (num_experts, 2 * intermediate, hidden)
+    shards = 2 if activation.gated else 1
+    wanted = (num_experts, shards, intermediate, hidden), (num_experts, shards * intermediate, hidden)
     if w13.shape not in wanted:
+        axes = "[E, 2, I, H] or [E, 2I, H]" if activation.gated else "[E, 1, I, H] or [E, I, H]"
         raise ValueError(
-            f"{w13.shape=} must be {wanted[0]} or {wanted[1]}, [E, 2, I, H] or [E, 2I, H], for {w2.shape=}"
+            f"{w13.shape=} must be {wanted[0]} or {wanted[1]}, {axes}, for {w2.shape=} and {activation.name!r}"
         )
     if x.shape[1] != hidden:
         raise ValueError(f"{x.shape=} must be [T, H] with the H={hidden} of {w2.shape=}")

@@ -1,92 +1,179 @@
-"""The routed experts: sort once, two grouped matmuls (kernels where there are), one combine."""
+"""The routed experts in three steps: prepare (sort and gather once), two grouped matmuls, finalize (one combine).
+
+They are functions of their own so that parallel code can send rows between devices in between, as vLLM's prepare and
+finalize do (vllm/model_executor/layers/fused_moe/modular_kernel.py).
+"""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.activations import Activation
-from pallas_kernels.bits import storage_bits
-from pallas_kernels.formats import Format, QuantizedArray
+from pallas_kernels.activations import Activation, get_activation
+from pallas_kernels.bits import rounded
+from pallas_kernels.formats import Format, QuantizedArray, get_format
+from pallas_kernels.fused_moe.rows import combine, take_rows, take_tokens
 from pallas_kernels.grouped_matmul.call import Call, dispatch
 from pallas_kernels.grouped_matmul.product import no_gradient
+from pallas_kernels.implementations import Implementation
 from pallas_kernels.quantize import quantize
-from pallas_kernels.routing import ExpertOrder, sort_by_expert
+from pallas_kernels.routing import ExpertOrder, GroupMetadata, sort_by_expert
+
+if TYPE_CHECKING:
+    Leaf = jax.Array
+    Rows = jax.Array | QuantizedArray
+else:
+    Leaf = Rows = Any  # jax.tree.map may put a ShapeDtypeStruct, a sharding or a spec here
 
 
-def fused_moe(
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Tokens on their way to the experts: the rows of all (token, slot) pairs, sorted by expert."""
+
+    rows: Rows  # [T * top_k, H], quantized or not
+    order: ExpertOrder
+    weights: Leaf  # f32 [T, top_k], of the outputs
+    dtype: np.dtype[Any] = dataclasses.field(metadata={"static": True})  # of the tokens
+
+
+def prepare(
     x: Float[Array, "T H"],
-    w13: jax.Array | QuantizedArray,
-    w2: jax.Array | QuantizedArray,
     topk_weights: Float[Array, "T top_k"],
     topk_ids: Int32[Array, "T top_k"],
+    num_experts: int,
     *,
-    activation: Activation,
-    activation_format: Format | None,
-    w13_bias: jax.Array | None,
-    w2_bias: jax.Array | None,
-    expert_map: Int32[Array, " global_E"] | None,
-    apply_router_weight_on_input: bool,
-    implementation: str | None,
-) -> Float[Array, "T H"]:
-    """See `pallas_kernels.fused_moe`."""
-    if topk_ids.size == 0:
-        return jnp.zeros_like(x)
-    order = sort_by_expert(topk_ids, w2.shape[0], expert_map=expert_map)
+    activation_format: Format | str | None = None,
+    expert_map: Int32[Array, " global_E"] | None = None,
+    apply_router_weight_on_input: bool = False,
+) -> Prepared:
+    """Sorts the (token, slot) pairs by expert and gathers their rows, each token quantized once.
+
+    Args:
+      x: bf16, f16 or f32 `[T, H]`.
+      topk_weights: `[T, top_k]`.
+      topk_ids: int32 `[T, top_k]`; an id outside of `[0, num_experts)` has no expert.
+      num_experts: E, experts here.
+      activation_format: Quantizes the rows; then they have no gradient.
+      expert_map: int32 `[global_E]`, the place here of each global id, or -1; `topk_ids` are global ids then.
+      apply_router_weight_on_input: Multiplies `x` (rounded to its dtype) here, and nothing at the end; top_k must be 1.
+
+    Raises:
+      ValueError: an unknown format.
+    """
+    fmt = None if activation_format is None else get_format(activation_format, role="activation")
+    order = sort_by_expert(topk_ids, num_experts, expert_map=expert_map)
     weights = topk_weights.astype(jnp.float32)
-    dtype = x.dtype
     if apply_router_weight_on_input:
-        x = (x.astype(jnp.float32) * weights).astype(dtype)
+        x = rounded(x.astype(jnp.float32) * weights, x.dtype)
         weights = jnp.ones_like(weights)
-    first = Call(
-        lhs=_gather(x, order, activation_format),
-        rhs=w13,
-        group_sizes=order.group_sizes,
-        metadata=order.metadata,
-        bias=w13_bias,
-        epilogue=activation,
-        out_dtype=dtype,
-        out_format=activation_format,
+    return Prepared(rows=_gather(x, order, fmt), order=order, weights=weights, dtype=np.dtype(x.dtype))
+
+
+def prepare_all(x: Float[Array, "T H"], activation_format: Format | None) -> Prepared:
+    """All tokens on their way to one expert, in the order in which they are."""
+    index = jnp.arange(x.shape[0], dtype=jnp.int32)
+    sizes = jnp.full((1,), x.shape[0], jnp.int32)
+    order = ExpertOrder(
+        tokens=index,
+        rows=index[:, None],
+        routed=jnp.ones((x.shape[0], 1), jnp.bool_),
+        group_sizes=sizes,
+        metadata=GroupMetadata(group_starts=jnp.zeros_like(sizes)),
     )
-    second = Call(
-        lhs=dispatch(first, implementation),
+    rows = x if activation_format is None else quantize(no_gradient(x), activation_format)
+    weights = jnp.ones((x.shape[0], 1), jnp.float32)
+    return Prepared(rows=rows, order=order, weights=weights, dtype=np.dtype(x.dtype))
+
+
+def run_experts(
+    prepared: Prepared,
+    w13: Float[Array, "E S I H"] | Float[Array, "E N H"] | QuantizedArray,
+    w2: Float[Array, "E H I"] | QuantizedArray,
+    *,
+    activation: Activation | str = "silu",
+    activation_format: Format | str | None = None,
+    w13_bias: jax.Array | None = None,
+    w2_bias: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "M H"]:
+    """The output of each row's expert, f32 `[T * top_k, H]`; zero in rows of none. Arguments as of `fused_moe`.
+
+    Raises:
+      ValueError: an unknown format or activation.
+      UnsupportedError: the named implementation cannot serve.
+    """
+    fmt = None if activation_format is None else get_format(activation_format, role="activation")
+    first = first_call(prepared, w13, w13_bias, get_activation(activation), fmt)
+    return second_matmul(dispatch(first, implementation), prepared.order, w2, w2_bias, implementation)
+
+
+def finalize(
+    outputs: Float[Array, "M H"], prepared: Prepared, *, dtype: DTypeLike | None = None
+) -> Float[Array, "T H"]:
+    """The weighted sum of each token's outputs, in f32 and in the order of the slots; rounded once.
+
+    Args:
+      outputs: `[T * top_k, H]`, in the order of `prepared.rows`.
+      prepared: Says which row is whose.
+      dtype: Of the result. Default: that of the tokens.
+    """
+    total = combine(outputs, prepared.weights, prepared.order)
+    return total.astype(prepared.dtype if dtype is None else dtype)
+
+
+def _gather(x: jax.Array, order: ExpertOrder, fmt: Format | None) -> Rows:
+    """The rows of all pairs, each token quantized once however many experts it has."""
+    if fmt is None:
+        return take_tokens(x, order)
+    q = quantize(no_gradient(_zero_padding(x, order, fmt)), fmt)
+    tokens = order.tokens
+    scales = q.scales if fmt.block[0] is None else take_rows(q.scales.T, tokens).T
+    second = None if q.global_scale is None else q.global_scale[tokens]
+    return QuantizedArray(values=take_rows(q.values, tokens), scales=scales, global_scale=second, format=fmt)
+
+
+def _zero_padding(x: jax.Array, order: ExpertOrder, fmt: Format) -> jax.Array:
+    """`x`; zero in tokens of no expert where a scale spans them all: their magnitude has no say."""
+    if not fmt.whole_matrix:
+        return x
+    return jnp.where(jnp.any(order.routed, axis=1, keepdims=True), x, jnp.zeros_like(x))
+
+
+def first_call(
+    prepared: Prepared, w13: Rows, bias: jax.Array | None, activation: Activation, out_format: Format | None
+) -> Call:
+    """The first matmul, its activation included."""
+    return Call(
+        lhs=prepared.rows,
+        rhs=w13,
+        group_sizes=prepared.order.group_sizes,
+        metadata=prepared.order.metadata,
+        bias=bias,
+        epilogue=activation,
+        out_dtype=prepared.dtype,
+        out_format=out_format,
+    )
+
+
+def second_matmul(
+    hidden: Rows, order: ExpertOrder, w2: Rows, bias: jax.Array | None, implementation: Implementation | None
+) -> jax.Array:
+    """The outputs of all rows, in f32."""
+    call = Call(
+        lhs=hidden,
         rhs=w2,
         group_sizes=order.group_sizes,
         metadata=order.metadata,
-        bias=w2_bias,
+        bias=bias,
         out_dtype=np.dtype(np.float32),
     )
-    out = dispatch(second, implementation)
+    out = dispatch(call, implementation)
     assert not isinstance(out, QuantizedArray)  # no out_format was given
-    return _combine(out, weights, order).astype(dtype)
-
-
-def _gather(x: jax.Array, order: ExpertOrder, fmt: Format | None) -> jax.Array | QuantizedArray:
-    """The rows of all pairs, each token quantized once however many experts it has."""
-    x, tokens = no_gradient(x), order.tokens
-    if fmt is None:
-        return _take_rows(x, tokens)
-    if fmt.whole_matrix:  # tokens of no expert are padding: their magnitude has no say
-        x = jnp.where(jnp.any(order.routed, axis=1, keepdims=True), x, jnp.zeros_like(x))
-    q = quantize(x, fmt)
-    scales = q.scales if fmt.block[0] is None else _take_rows(q.scales.T, tokens).T
-    second = None if q.global_scale is None else q.global_scale[tokens]
-    return QuantizedArray(values=_take_rows(q.values, tokens), scales=scales, global_scale=second, format=fmt)
-
-
-def _take_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """`x[rows]`, moved as bits: XLA:CPU would gather small floats as f32."""
-    bits = lax.bitcast_convert_type(x, storage_bits(x.dtype))
-    return lax.bitcast_convert_type(bits[rows], x.dtype)
-
-
-def _combine(out: Float[Array, "M H"], weights: Float[Array, "T top_k"], order: ExpertOrder) -> Float[Array, "T H"]:
-    """The weighted sum over the experts of each token, in f32 and in the order of the slots."""
-    weights = jnp.where(order.routed, weights, jnp.zeros_like(weights))  # also where the weight is no number
-    total = jnp.zeros((weights.shape[0], out.shape[1]), jnp.float32)
-    for slot in range(weights.shape[1]):
-        total = total + weights[:, slot, None] * out[order.rows[:, slot]]
-    return total
+    return out

@@ -43,21 +43,23 @@ def grouped_matmul(
       activation_format: Quantizes `lhs` to this first.
       out_format: Quantizes the result to this, after it was rounded to `out_dtype`.
       bias: `[E, N]`, added in f32 before any rounding.
-      epilogue: A gated activation. `rhs` holds gate rows and then up rows, N/2 each: the sums are rounded to
-        `out_dtype`, and their activation, computed in f32, once more.
+      epilogue: An activation. The sums are rounded to `out_dtype`, and their activation, computed in f32, once more.
+        For a gated one `rhs` holds gate rows and then up rows, N/2 each.
       group_offset: int32 scalar; `rhs` holds the experts `[offset, offset + E)`. A traced one is clamped to the range.
       out_dtype: bf16, f16 or f32. Default: that of `lhs`, bf16 where it is quantized.
       implementation: `None` for the best one here, `"xla"`, `"mosaic_gpu"` or `"mosaic_tpu"`.
       config: Tiles of the kernel: its `MosaicGpuConfig` or `MosaicTpuConfig`. Default: chosen by shape.
 
     Returns:
-      `[M, N]`, or `[M, N/2]` with an epilogue. Rows past `sum(group_sizes)` and rows of experts that are not in `rhs`
-      are zero. A QuantizedArray with `out_format`.
+      `[M, N]`, or `[M, N/2]` with a gated epilogue. Rows past `sum(group_sizes)` and rows of experts that are not in
+      `rhs` are zero. A QuantizedArray with `out_format`. It is differentiable (in reverse) by real operands where the
+      result is real: the codes of a quantized `rhs` count as given, and the gradient passes straight through the
+      rounding of `activation_format`.
 
     Raises:
       TypeError: a dtype that is none of those above.
       ValueError: shapes that do not fit, an unknown format or activation, a quantized `lhs` with `activation_format`.
-      UnsupportedError: the named implementation cannot serve; differentiation with respect to `lhs`, `rhs` or `bias`.
+      UnsupportedError: the named implementation cannot serve; differentiation by or of what is quantized.
 
     Source: MegaBlocks (arXiv:2211.15841) for the idea of one matmul per group.
 
@@ -76,9 +78,9 @@ def grouped_matmul(
         check_float("bias", bias)
         if bias.shape != (num_experts, n):
             raise ValueError(f"{bias.shape=} must be [E, N] = {(num_experts, n)}")
-    if epilogue is not None and n % 2:
-        raise ValueError(f"N={n} of {rhs.shape=} must be even with an epilogue: gate rows, then up rows")
     activation = None if epilogue is None else get_activation(epilogue)
+    if activation is not None and activation.gated and n % 2:
+        raise ValueError(f"N={n} of {rhs.shape=} must be even with a gated epilogue: gate rows, then up rows")
     call = Call(
         lhs=lhs,
         rhs=rhs,

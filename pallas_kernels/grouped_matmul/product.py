@@ -128,5 +128,5 @@ def no_gradient(x: jax.Array) -> jax.Array:
 @no_gradient.defjvp
 def _no_gradient_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
     raise UnsupportedError(
-        "grouped_matmul and quantized activations have no gradient; keep them out of jax.grad with lax.stop_gradient"
+        "quantized arrays have no gradient; differentiate by real operands, or keep them out with lax.stop_gradient"
     )

@@ -7,8 +7,10 @@ CPU does the work of all experts on all rows.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation
-from pallas_kernels.bits import storage_bits, take
+from pallas_kernels.bits import rounded, storage_bits, take
 from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.grouped_matmul.product import (
     Operand,
@@ -60,37 +62,70 @@ def grouped_matmul(
 ) -> Float[Array, "M N_out"] | QuantizedArray:
     """See `pallas_kernels.grouped_matmul`; `rhs` may also be `[E, S, N, K]` with `bias` `[E, S, N]`."""
     if activation_format is not None and not isinstance(lhs, QuantizedArray):
-        if activation_format.whole_matrix:  # rows of no group are padding: their magnitude has no say
-            lhs = jnp.where(jnp.arange(lhs.shape[0])[:, None] < jnp.sum(group_sizes), lhs, jnp.zeros_like(lhs))
-        lhs = quantize(lhs, activation_format)
-    groups = _groups(group_sizes, metadata, rhs.shape[0], lhs.shape[0], group_offset)
-    out = _visit_groups(lhs, rhs, groups, bias, epilogue, np.dtype(out_dtype))
+        lhs = quantize_rows(lhs, activation_format, group_sizes)
+    groups = find_groups(group_sizes, metadata, rhs.shape[0], lhs.shape[0], group_offset)
+    in_blocks = _in_blocks(lhs, rhs)
+    dtype = contraction_dtype(operand_dtype(lhs), operand_dtype(rhs))
+    out_dtype = np.dtype(out_dtype)
+
+    def finish(total: jax.Array, expert: jax.Array) -> jax.Array:
+        """Bias, rounding and activation of f32 sums: each rounding is part of the definition."""
+        if bias is not None:
+            total = total + bias[expert].reshape(1, -1).astype(jnp.float32)
+        total = rounded(total, out_dtype)
+        return total if epilogue is None else rounded(epilogue.of_rows(total), out_dtype)
+
+    out = visit_groups(
+        operand(lhs),
+        functools.partial(_expert, rhs, in_blocks=in_blocks, dtype=dtype),
+        groups,
+        n_out=math.prod(rhs.shape[1:-1]) // (2 if epilogue is not None and epilogue.gated else 1),
+        num_experts=rhs.shape[0],
+        finish=finish,
+        out_dtype=out_dtype,
+    )
     return out if out_format is None else quantize(out, out_format)
 
 
-def _visit_groups(
-    lhs: jax.Array | QuantizedArray,
-    rhs: jax.Array | QuantizedArray,
+def quantize_rows(lhs: Float[Array, "M K"], fmt: Format, group_sizes: Int32[Array, " groups"]) -> QuantizedArray:
+    """`lhs` quantized."""
+    return quantize(zero_rows_of_none(lhs, group_sizes) if fmt.whole_matrix else lhs, fmt)
+
+
+def zero_rows_of_none(lhs: Float[Array, "M K"], group_sizes: Int32[Array, " groups"]) -> Float[Array, "M K"]:
+    """`lhs` with zeros in the rows of no group: they are padding, and their magnitude has no say in a common scale."""
+    return jnp.where(jnp.arange(lhs.shape[0])[:, None] < jnp.sum(group_sizes), lhs, jnp.zeros_like(lhs))
+
+
+def visit_groups(
+    rows: Operand,
+    weights: Callable[[jax.Array], Operand],
     groups: Groups,
-    bias: jax.Array | None,
-    epilogue: Activation | None,
+    *,
+    n_out: int,
+    num_experts: int,
+    finish: Callable[[jax.Array, jax.Array], jax.Array],
     out_dtype: np.dtype[Any],
-) -> jax.Array:
-    num_rows, num_experts = lhs.shape[0], rhs.shape[0]
-    n_out = math.prod(rhs.shape[1:-1]) // (1 if epilogue is None else 2)
+) -> Float[Array, "M N_out"]:
+    """Multiplies the rows of each group that has some with the weights of its expert.
+
+    Args:
+      rows: `[M, K]`.
+      weights: Those of one expert, `[N, K]`.
+      groups: Which rows belong to whom.
+      n_out: Columns of what `finish` returns.
+      num_experts: For the choice of tiles.
+      finish: Makes f32 sums of some rows of an expert the result in `out_dtype`.
+      out_dtype: Of the result.
+    """
+    num_rows = rows.values.shape[-2]
     if num_rows == 0:
         return jnp.zeros((0, n_out), out_dtype)
-    rows, in_blocks, dtype = (
-        operand(lhs),
-        _in_blocks(lhs, rhs),
-        contraction_dtype(operand_dtype(lhs), operand_dtype(rhs)),
-    )
     tiles = tile_sizes(num_rows, num_experts)
 
     def one_group(i: jax.Array, out: jax.Array) -> jax.Array:
         expert = groups.active[i]
-        weights = _expert(rhs, expert, in_blocks=in_blocks, dtype=dtype)
-        offsets = None if bias is None else bias[expert].reshape(-1).astype(jnp.float32)
+        its_weights = weights(expert)
         row, end = groups.starts[expert], groups.starts[expert] + groups.sizes[expert]
         for tile, worth in tiles:
 
@@ -100,8 +135,7 @@ def _visit_groups(
             def one_tile(state: tuple[jax.Array, jax.Array], tile: int = tile) -> tuple[jax.Array, jax.Array]:
                 row, out = state
                 start = jnp.minimum(row, num_rows - tile)
-                total = product(_rows(rows, start, tile), weights)
-                value = _finish(total, offsets, epilogue, out_dtype)
+                value = finish(product(_rows(rows, start, tile), its_weights), expert)
                 return row + tile, _store(out, value, start, row, end)
 
             row, out = lax.while_loop(more, one_tile, (row, out))
@@ -129,9 +163,10 @@ def tile_sizes(num_rows: int, num_groups: int) -> tuple[tuple[int, int], ...]:
     return tuple(zip(sizes, [*worth, 0], strict=True))
 
 
-def _groups(
+def find_groups(
     group_sizes: jax.Array, metadata: GroupMetadata, num_experts: int, num_rows: int, offset: jax.Array | int | None
 ) -> Groups:
+    """The groups of the experts `[offset, offset + num_experts)`."""
     starts, sizes = metadata.group_starts, group_sizes
     if offset is not None:
         starts, sizes = (lax.dynamic_slice_in_dim(x, offset, num_experts) for x in (starts, sizes))
@@ -180,16 +215,6 @@ def _rows(rows: Operand, start: jax.Array, size: int) -> Operand:
     values = take(rows.values, (start, jnp.zeros_like(start)), (size, rows.values.shape[1]))
     scales = None if rows.scales is None else lax.dynamic_slice_in_dim(rows.scales, start, size, 1)
     return rows._replace(values=values, scales=scales)
-
-
-def _finish(total: jax.Array, bias: jax.Array | None, epilogue: Activation | None, dtype: Any) -> jax.Array:
-    """Bias, rounding and activation of f32 sums: each rounding is part of the definition."""
-    if bias is not None:
-        total = total + bias[None]
-    if epilogue is None:
-        return total.astype(dtype)
-    gate, up = jnp.split(total.astype(dtype), 2, axis=1)
-    return epilogue(gate, up).astype(dtype)
 
 
 def _store(out: jax.Array, value: jax.Array, start: jax.Array, row: jax.Array, end: jax.Array) -> jax.Array:

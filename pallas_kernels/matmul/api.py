@@ -21,19 +21,20 @@ def matmul(
     """`x @ w.T + bias` with f32 sums, rounded once.
 
     Args:
-      x: bf16, f16 or f32 `[M, K]`, or quantized. Differentiable where it is not quantized.
+      x: bf16, f16 or f32 `[M, K]`, or quantized.
       w: Weights `[N, K]`, quantized or not.
       bias: `[N]`, added in f32.
       activation_format: Quantizes `x` to this first.
       implementation: `None` or `"xla"`.
 
     Returns:
-      `[M, N]` in the dtype of `x`, bf16 where it is quantized.
+      `[M, N]` in the dtype of `x`, bf16 where it is quantized. It is differentiable by real operands: the gradient
+      passes straight through the rounding of `activation_format`.
 
     Raises:
       TypeError: a dtype that is none of those above.
       ValueError: shapes that do not fit, an unknown format, a quantized `x` with `activation_format`.
-      UnsupportedError: the named implementation cannot serve; differentiation of quantized activations.
+      UnsupportedError: the named implementation cannot serve; differentiation by what is quantized.
 
     Source: the definition in `pallas_kernels.quantize`, multiplied out.
 

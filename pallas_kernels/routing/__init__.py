@@ -7,4 +7,5 @@ from pallas_kernels.routing.groups import ExpertOrder as ExpertOrder
 from pallas_kernels.routing.groups import GroupMetadata as GroupMetadata
 from pallas_kernels.routing.groups import make_group_metadata as make_group_metadata
 from pallas_kernels.routing.groups import sort_by_expert as sort_by_expert
+from pallas_kernels.routing.mask import mask_tokens as mask_tokens
 from pallas_kernels.routing.simulate import SimulatedRouting as SimulatedRouting

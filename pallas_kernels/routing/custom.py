@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.routing.api import check_logits
 
 
+@runtime_checkable
 class RoutingFunction(Protocol):
     """Chooses experts: `(hidden_states, router_logits, top_k, renormalize) -> (weights, ids)`.
 

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.routing.grouped import ExpertGroups, only_best_groups
+from pallas_kernels.routing.mask import mask_tokens
 
 TINY = np.finfo(np.float32).tiny
 
@@ -49,10 +50,7 @@ def route(
     if renormalize:
         weights = normalized(weights)
     weights = weights * np.float32(routed_scaling_factor)
-    if token_mask is not None:
-        weights = jnp.where(token_mask[:, None], weights, jnp.zeros_like(weights))
-        ids = jnp.where(token_mask[:, None], ids, jnp.full_like(ids, -1))
-    return weights, ids
+    return (weights, ids) if token_mask is None else mask_tokens(weights, ids, token_mask)
 
 
 def choose(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import definition
-from pallas_kernels import fused_moe, grouped_matmul
+from pallas_kernels import Activation, fused_moe, grouped_matmul
 from tolerance import assert_close, assert_same_bits
 
 pytestmark = [
@@ -48,22 +48,29 @@ def test_random_shapes(seed):
     assert_same_bits(call(x, w, sizes), found)
 
 
-@pytest.mark.parametrize("name", ["silu", "gelu_tanh", "relu2", "swigluoai"])
+PARAMETERS = {"swigluoai": {"limit": 7.0}, "swiglustep": {"limit": 7.0}, "situ": {"beta": 1.5, "linear_beta": 3.0}}
+ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu2", *PARAMETERS]
+ACTIVATIONS += ["silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul", "relu2_no_mul"]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("seed", range(6))
 def test_epilogues(seed, name):
     rng = np.random.default_rng(seed)
     x, w, sizes, offset = random_problem(1000 + seed)
     w = (rng.standard_normal((len(w), 128 * int(rng.integers(1, 9)), x.shape[1])) / 16).astype(jnp.bfloat16)
     bias = rng.standard_normal(w.shape[:2]).astype(jnp.bfloat16)
+    activation = Activation(name, **PARAMETERS.get(name, {}))
     found = jax.jit(
         lambda x, w, sizes, bias: grouped_matmul(
-            x, w, sizes, bias=bias, epilogue=name, group_offset=offset, implementation="mosaic_gpu"
+            x, w, sizes, bias=bias, epilogue=activation, group_offset=offset, implementation="mosaic_gpu"
         )
     )(x, w, sizes, bias)
     arrays = (array.astype(np.float64) for array in (x, w))
     sums = definition.grouped_matmul(*arrays, sizes, bias=bias.astype(np.float64), offset=offset or 0)
-    gate, up = np.split(definition.rounded(sums, jnp.bfloat16), 2, axis=1)
-    expected = definition.activation(name, gate, up, limit=7.0 if name == "swigluoai" else None)
+    rounded = definition.rounded(sums, jnp.bfloat16)
+    halves = np.split(rounded, 2, axis=1) if activation.gated else (rounded,)
+    expected = definition.activation(name, *halves, **PARAMETERS.get(name, {}))
     expected[~sums.any(axis=1)] = 0
     assert_close(found, expected, batch=4.5e-3, worst_row=1e-2)
 

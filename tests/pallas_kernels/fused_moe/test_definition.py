@@ -132,19 +132,38 @@ def test_both_forms_of_w13(weight):
         assert packed(whole(w13), weight).scales.shape == (5, 2, 4)
 
 
+ACTIVATIONS = {
+    "silu": {},
+    "gelu": {},
+    "gelu_tanh": {},
+    "relu2": {},
+    "swigluoai": {"limit": 7.0},
+    "swiglustep": {"limit": 7.0},
+    "silu_no_mul": {},
+    "gelu_no_mul": {},
+    "gelu_tanh_no_mul": {},
+    "relu2_no_mul": {},
+}
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param("silu", marks=pytest.mark.smoke), "gelu", "gelu_tanh", "relu2", "swigluoai"]
+    "name", [pytest.param(name, marks=pytest.mark.smoke if name == "silu" else ()) for name in ACTIVATIONS]
 )
 def test_activations_and_biases(name):
     x, w13, w2, weights, ids = problem(t=9)
+    shards = 1 if name.endswith("no_mul") else 2
+    w13 = w13[:, :shards]
     rng = np.random.default_rng(7)
-    b13 = jnp.asarray(rng.normal(size=(5, 2, 192)), jnp.float32)
+    b13 = jnp.asarray(rng.normal(size=(5, shards, 192)), jnp.float32)
     b2 = jnp.asarray(rng.normal(0, 20, (5, 192)), jnp.float32)
-    act = functools.partial(definition.activation, name, limit=7.0 if name == "swigluoai" else None)
+    act = functools.partial(definition.activation, name, **ACTIVATIONS[name])
     expected = expect(x, w13, w2, weights, ids, b13=np.asarray(b13), b2=np.asarray(b2), act=act)
 
     def call(b13, b2):
         return run(x, w13, w2, weights, ids, activation=name, w13_bias=b13, w2_bias=b2)
+
+    flat = run(x, w13.reshape(5, -1, 192), w2, weights, ids, activation=name, w13_bias=b13.reshape(5, -1), w2_bias=b2)
+    assert np.array_equal(flat, call(b13, b2))
 
     assert_close(call(b13, b2), expected, **TOLERANCE)
     for bad in ((jnp.roll(b13, 1, axis=0), b2), (b13, jnp.roll(b2, 1, axis=0))):

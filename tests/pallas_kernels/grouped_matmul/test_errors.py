@@ -1,5 +1,7 @@
 """Each message names the value and the remedy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,13 +60,15 @@ def test_a_kernel_that_cannot_serve_says_why(implementation):
         call(implementation=implementation)
 
 
-def test_a_gradient_is_an_error_not_zero():
+def test_a_gradient_that_there_is_not_is_an_error_not_zero():
+    packed = quantize(W, "fp8_per_channel")
     with pytest.raises(UnsupportedError, match="no gradient"):
-        jax.grad(lambda x: call(lhs=x).sum())(X)
+        jax.grad(lambda scales: call(rhs=dataclasses.replace(packed, scales=scales)).sum())(packed.scales)
     with pytest.raises(UnsupportedError, match="no gradient"):
-        jax.grad(lambda w: call(rhs=w).sum())(W)
+        jax.grad(lambda x: call(lhs=x, out_format="fp8_per_token").scales.sum())(X)
+    rows = quantize(X, "fp8_per_token")
     with pytest.raises(UnsupportedError, match="no gradient"):
-        jax.grad(lambda bias: call(bias=bias).sum())(jnp.ones((2, 8)))
+        jax.grad(lambda scales: call(lhs=dataclasses.replace(rows, scales=scales)).sum())(rows.scales)
 
 
 def test_numpy_arrays_are_arrays():

@@ -1,5 +1,7 @@
 """The dense matmul against the definition."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,13 +32,22 @@ def test_matches_definition(weight, activation):
         assert_close(run(jnp.roll(x, 128, axis=1), bias), expected, batch=1e-1, worst_row=1e-1)
 
 
+@pytest.mark.parametrize("activation", [None, "int8_per_token", "mxfp8"])
 @pytest.mark.parametrize("weight", [None, "int8_per_channel", pytest.param("fp8_per_block", marks=pytest.mark.smoke)])
-def test_gradient_of_x(weight):
-    x, w, _ = problem()
+def test_gradients(weight, activation):
+    x, w, bias = problem()
     packed = w if weight is None else quantize(w, weight)
-    gradient = jax.jit(jax.grad(lambda x: matmul(x, packed).astype(jnp.float32).sum()))(x)
+
+    def total(x, w, bias):
+        return matmul(x, packed if weight else w, bias=bias, activation_format=activation).astype(jnp.float32).sum()
+
+    by_x, by_w, by_bias = jax.jit(jax.grad(total, (0, 1, 2)))(x, w, bias)
     expected = np.broadcast_to(definition.real(w, weight).sum(0), x.shape)
-    assert_close(gradient, expected, batch=4e-3, worst_row=4e-3)
+    assert_close(by_x, expected, batch=4e-3, worst_row=4e-3)
+    assert_close(by_bias[None], np.full((1, len(bias)), len(x)), batch=4e-3, worst_row=4e-3)
+    if weight is None:
+        by_codes = np.broadcast_to(definition.real(x, activation).sum(0), w.shape)
+        assert_close(by_w, by_codes, batch=4e-3, worst_row=4e-3)
 
 
 def test_errors():
@@ -49,5 +60,9 @@ def test_errors():
         matmul(quantize(x, "fp8_per_token"), w, activation_format="fp8_per_token")
     with pytest.raises(UnsupportedError, match="no kernel for it yet"):
         matmul(x, w, implementation="mosaic_gpu")
-    with pytest.raises(UnsupportedError, match="no gradient"):
-        jax.grad(lambda x: matmul(x, w, activation_format="fp8_per_token").sum())(x)
+    packed = quantize(w, "int8_per_channel")
+    for activation in (None, "fp8_per_token"):
+        with pytest.raises(UnsupportedError, match="no gradient"):
+            jax.grad(
+                lambda s, a=activation: matmul(x, dataclasses.replace(packed, scales=s), activation_format=a).sum()
+            )(packed.scales)

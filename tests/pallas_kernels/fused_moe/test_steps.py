@@ -1,0 +1,76 @@
+"""The layer's three steps by themselves: what lies between them is what parallel code would move."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import definition
+from pallas_kernels import finalize, fused_moe, prepare, quantize, run_experts
+from tolerance import assert_close, assert_same_bits
+
+T, E, K, H, INNER = 21, 6, 2, 64, 32
+OPTIONS = {"activation_format": "int8_per_token"}
+
+
+def problem(k=K):
+    rng = np.random.default_rng(0)
+    shapes = (T, H), (E, 2, INNER, H), (E, H, INNER)
+    x, w13, w2 = (jnp.asarray(rng.normal(size=s) / s[-1] ** 0.5, jnp.float32).astype(jnp.bfloat16) for s in shapes)
+    weights = jnp.asarray(rng.uniform(size=(T, k)), jnp.float32)
+    return x, w13, w2, weights, jnp.asarray(rng.integers(-1, E + 1, (T, k)), jnp.int32)
+
+
+def in_steps(x, w13, w2, weights, ids, *, on_input=False, **formats):
+    prepared = prepare(x, weights, ids, w2.shape[0], apply_router_weight_on_input=on_input, **formats)
+    return finalize(run_experts(prepared, w13, w2, **formats), prepared)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("formats", [{}, OPTIONS], ids=["real", "quantized"])
+def test_steps_are_the_whole(formats, on_input):
+    arrays = problem(1 if on_input else K)
+    whole = functools.partial(fused_moe, apply_router_weight_on_input=on_input, **formats)
+    steps = functools.partial(in_steps, on_input=on_input, **formats)
+    assert_same_bits(jax.jit(steps)(*arrays), jax.jit(whole)(*arrays))
+
+
+@pytest.mark.smoke
+def test_experts_of_two_devices():
+    """Rows are prepared once; each half of the experts computes its own, and the sum is that of one device."""
+    x, w13, w2, weights, ids = problem()
+    q13, q2 = (quantize(w, "fp8_per_channel") for w in (w13, w2))
+    half = E // 2
+    total = np.zeros((T, H))
+    for start in (0, half):
+        mine = jax.tree.map(lambda leaf, start=start: leaf[start : start + half], (q13, q2))
+        places = jnp.where((jnp.arange(E) >= start) & (jnp.arange(E) < start + half), jnp.arange(E) - start, -1)
+        prepared = prepare(x, weights, ids, half, expert_map=places.astype(jnp.int32))
+        rows = run_experts(prepared, *mine)
+        assert rows.dtype == jnp.float32
+        assert not np.asarray(rows[int(prepared.order.group_sizes.sum()) :]).any()
+        total += np.asarray(finalize(rows, prepared, dtype=jnp.float32), np.float64)
+    dequantized = (definition.real(w, "fp8_per_channel") for w in (w13, w2))
+    expected = definition.fused_moe(np.asarray(x), *dequantized, np.asarray(weights), np.asarray(ids))
+    assert_close(total, expected, batch=4e-3, worst_row=1.2e-2)
+
+
+def test_rows_may_travel():
+    """Rows sent away and back, one by one, in another order."""
+    x, w13, w2, weights, ids = problem()
+    prepared = prepare(x, weights, ids, E)
+    outputs = run_experts(prepared, w13, w2)
+    order = np.random.default_rng(1).permutation(T * K)
+    back = jnp.zeros_like(outputs).at[order].set(outputs[order])
+    assert_same_bits(finalize(back, prepared), fused_moe(x, w13, w2, weights, ids))
+    other = dataclasses.replace(prepared, weights=jnp.roll(prepared.weights, 1, axis=0))
+    with pytest.raises(AssertionError):
+        assert_close(finalize(outputs, other), finalize(outputs, prepared), batch=0.1, worst_row=0.1)
+
+
+def test_pairs_are_sorted_once():
+    text = str(jax.make_jaxpr(functools.partial(fused_moe, **OPTIONS))(*problem()))
+    assert text.count(" sort[") == 1
