@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from moe_online.config import MoEConfig
-from moe_online.errors import NonFiniteWeight
-from moe_online.experts import ExpertWeights, abstract_experts
+from moe_online.errors import ConfigError, NonFiniteWeight
+from moe_online.experts import ExpertWeights, SharedExpertWeights, abstract_experts
 from moe_online.schemes import SHORTHANDS, QuantSpec, SchemeLike, Shorthand, add_shorthand, parse_scheme
+from moe_online.shared_experts import apply_shared_experts, without_padding
 from pallas_kernels import Format, QuantizedArray, fused_moe, quantize, route
+from pallas_kernels.routing import mask_tokens
+
+AnyWeights = TypeVar("AnyWeights", ExpertWeights, SharedExpertWeights)
 
 
 class OnlineMoEMethodBase(abc.ABC):
@@ -57,7 +61,7 @@ class OnlineMoEMethodBase(abc.ABC):
           **extra_weight_attrs: `mesh`, `expert_axis` and `tensor_axis`, as `abstract_experts` takes them.
 
         Returns:
-          `ShapeDtypeStruct`s with shardings; biases where `MoEConfig.has_bias`.
+          `ShapeDtypeStruct`s with shardings; biases, correction bias and shared experts where `MoEConfig` has them.
 
         Raises:
           TypeError: another attribute.
@@ -69,6 +73,10 @@ class OnlineMoEMethodBase(abc.ABC):
             intermediate_size_per_partition,
             params_dtype,
             has_bias=self.moe.has_bias,
+            gated=self.moe.gated,
+            num_correction_biases=self.moe.num_experts if self.moe.has_correction_bias else 0,
+            shared_intermediate_size=self.moe.shared_intermediate_size,
+            shared_gate=self.moe.shared_expert_gate,
             **extra_weight_attrs,
         )
 
@@ -86,16 +94,26 @@ class OnlineMoEMethodBase(abc.ABC):
         x: Float[Array, "T H"],
         topk_weights: Float[Array, "T top_k"],
         topk_ids: Int32[Array, "T top_k"],
-        shared_experts_input: Float[Array, "T H"] | None = None,
+        shared_experts_input: Float[Array, "T H_shared"] | None = None,
     ) -> Float[Array, "T H"]:
-        """The weighted sum of the chosen experts' outputs, in the dtype of `x`.
+        """The weighted sum of the chosen experts' outputs, plus that of the shared experts, rounded once.
+
+        Args:
+          weights: Quantized or not; they say how their inputs are quantized.
+          x: bf16, f16 or f32.
+          topk_weights: Final, but for a `routed_scaling_factor` that the config applies to the output.
+          topk_ids: Global ids where `weights` has an expert map; an id that has no expert here contributes nothing.
+          shared_experts_input: What the shared experts get in place of `x`, as where `x` is a projection of it.
+
+        Returns:
+          `[T, H]` in the dtype of `x`.
 
         Raises:
-          ValueError: `shared_experts_input`, for there are no shared experts in `weights`.
+          ValueError: `shared_experts_input` where `weights` has no shared experts, or of other tokens than `x`.
         """
-        if shared_experts_input is not None:
+        if shared_experts_input is not None and weights.shared is None:
             raise ValueError("shared_experts_input is given, but the weights have no shared experts; drop it")
-        return fused_moe(
+        y = fused_moe(
             x,
             weights.w13_weight,
             weights.w2_weight,
@@ -107,21 +125,79 @@ class OnlineMoEMethodBase(abc.ABC):
             w2_bias=weights.w2_bias,
             expert_map=weights.expert_map,
             apply_router_weight_on_input=self.moe.apply_router_weight_on_input,
+            out_dtype=jnp.float32,
         )
+        y = y * jnp.float32(self.moe.output_scale)
+        if weights.shared is not None:
+            shared_input = x if shared_experts_input is None else shared_experts_input
+            shared = apply_shared_experts(weights.shared, shared_input, activation=self.moe.activation)
+            if shared.shape != y.shape:  # one row would be added to all
+                raise ValueError(
+                    f"the shared experts make {shared.shape} of {shared_input.shape=}, which must be {y.shape} as of "
+                    f"{x.shape=}"
+                )
+            y = y + shared
+        out: jax.Array = y.astype(x.dtype)
+        return out
 
     def apply_monolithic(
-        self, weights: ExpertWeights, x: Float[Array, "T H"], router_logits: Float[Array, "T E"]
+        self,
+        weights: ExpertWeights,
+        x: Float[Array, "T H"],
+        router_logits: Float[Array, "T E"],
+        *,
+        shared_experts_input: Float[Array, "T H_shared"] | None = None,
+        token_mask: Bool[Array, " T"] | None = None,
     ) -> Float[Array, "T H"]:
-        """Routes, then applies; `router_logits` are those of all experts, here or elsewhere."""
-        topk_weights, topk_ids = route(
+        """Routes, then applies.
+
+        Args:
+          weights: As of `apply`; their correction bias, if any, takes part in the choice.
+          x: As of `apply`.
+          router_logits: Of all experts, here or elsewhere.
+          shared_experts_input: As of `apply`.
+          token_mask: False for tokens that are padding: they visit no routed expert, and change nothing for others.
+
+        Returns:
+          `[T, H]` in the dtype of `x`.
+
+        Raises:
+          ValueError: as `apply`, and a correction bias that is missing, or that a custom function would not get.
+        """
+        topk_weights, topk_ids = self.route(weights, x, router_logits, token_mask=token_mask)
+        if weights.shared is not None and token_mask is not None:
+            shared_experts_input = x if shared_experts_input is None else shared_experts_input
+            shared_experts_input = without_padding(weights.shared, shared_experts_input, token_mask)
+        return self.apply(weights, x, topk_weights, topk_ids, shared_experts_input)
+
+    def route(
+        self,
+        weights: ExpertWeights,
+        x: Float[Array, "T H"],
+        router_logits: Float[Array, "T E"],
+        *,
+        token_mask: Bool[Array, " T"] | None = None,
+    ) -> tuple[Float[Array, "T top_k"], Int32[Array, "T top_k"]]:
+        """The experts of each token, and their weights, as `MoEConfig` says; arguments as of `apply_monolithic`."""
+        moe, bias = self.moe, weights.e_score_correction_bias
+        if moe.has_correction_bias and bias is None:
+            raise ValueError("has_correction_bias=True, but the weights have no e_score_correction_bias; give them one")
+        if moe.custom_routing_function is not None and bias is not None:
+            raise ValueError("the weights have an e_score_correction_bias, which custom_routing_function does not get")
+        if moe.custom_routing_function is not None:
+            chosen = moe.custom_routing_function(x, router_logits, moe.top_k, moe.renormalize)
+            return chosen if token_mask is None else mask_tokens(*chosen, token_mask)
+        return route(
             router_logits,
-            top_k=self.moe.top_k,
-            scoring=self.moe.scoring,
-            renormalize=self.moe.renormalize,
-            e_score_correction_bias=weights.e_score_correction_bias,
-            routed_scaling_factor=self.moe.routed_scaling_factor,
+            top_k=moe.top_k,
+            scoring=moe.scoring,
+            renormalize=moe.renormalize,
+            num_expert_group=moe.num_expert_group,
+            topk_group=moe.topk_group,
+            e_score_correction_bias=bias,
+            routed_scaling_factor=1.0 if moe.apply_routed_scale_to_output else moe.routed_scaling_factor,
+            token_mask=token_mask,
         )
-        return self.apply(weights, x, topk_weights, topk_ids)
 
     def maybe_make_prepare_finalize(self, routing_tables: Any = None) -> None:
         """Never to be called: kept because vLLM has it.
@@ -136,28 +212,31 @@ class OnlineMoEMethodBase(abc.ABC):
 
 
 class SpecMethod(OnlineMoEMethodBase):
-    """The method of a `QuantSpec`; None leaves the weights as they are."""
+    """The method of a `QuantSpec`, and of another for the shared experts; None leaves weights as they are."""
 
-    def __init__(self, moe: MoEConfig, spec: QuantSpec | None):
+    def __init__(self, moe: MoEConfig, spec: QuantSpec | None, shared: QuantSpec | None = None):
         super().__init__(moe)
-        self.spec = spec
+        self.spec, self.shared = spec, shared
 
     def process_weights_after_loading(self, weights: ExpertWeights) -> ExpertWeights:
-        """Quantizes both weights; biases stay. See the base class.
+        """Quantizes all weights; biases and gates stay. See the base class.
 
         Raises:
           NonFiniteWeight: NaN or infinity, for which there is no scale. Under `jit` nobody can tell: check before.
         """
-        w13_weight, w2_weight = (unquantized(weights, name) for name in ("w13_weight", "w2_weight"))
-        if self.spec is None or self.spec.weight is None:
-            return weights
-        _check_finite(w13_weight=w13_weight, w2_weight=w2_weight)
-        return dataclasses.replace(
-            weights,
-            w13_weight=_by_expert(w13_weight, self.spec.weight),
-            w2_weight=_by_expert(w2_weight, self.spec.weight),
-            activation_format=self.spec.activation,
-        )
+        if weights.shared is None:
+            return _quantized(weights, self.spec)
+        shared = _quantized(weights.shared, self.shared, "shared.")
+        return dataclasses.replace(_quantized(weights, self.spec), shared=shared)
+
+
+def _quantized(weights: AnyWeights, spec: QuantSpec | None, prefix: str = "") -> AnyWeights:
+    given = {name: unquantized(weights, name, prefix) for name in ("w13_weight", "w2_weight")}
+    if spec is None or spec.weight is None:
+        return weights
+    _check_finite(**{f"{prefix}{name}": weight for name, weight in given.items()})
+    changes: dict[str, Any] = {name: _by_expert(weight, spec.weight) for name, weight in given.items()}
+    return dataclasses.replace(weights, **changes, activation_format=spec.activation)
 
 
 def register_scheme(name: str, scheme: QuantSpec | type[OnlineMoEMethodBase], *, replace: bool = False) -> None:
@@ -184,29 +263,40 @@ def register_scheme(name: str, scheme: QuantSpec | type[OnlineMoEMethodBase], *,
         raise TypeError(f"a scheme is a QuantSpec or a subclass of OnlineMoEMethodBase, not {scheme!r}")
 
 
-def get_method(spec_or_name: SchemeLike | None, moe_config: MoEConfig) -> OnlineMoEMethodBase:
+def get_method(
+    spec_or_name: SchemeLike | None, moe_config: MoEConfig, *, shared: SchemeLike | None = None
+) -> OnlineMoEMethodBase:
     """The method that quantizes and applies a layer's experts.
 
     Args:
       spec_or_name: A shorthand, the name of a weight format or of a registered scheme, a `QuantSpec`, a dict of
         `weight` and `activation`, or None for weights that stay as they are.
       moe_config: The layer.
+      shared: The scheme of its shared experts, which are dense layers: theirs is `linear` in a shorthand. None leaves
+        them as they are.
 
     Raises:
       TypeError: another type.
-      ConfigError: an unknown name, or one that says nothing about MoE layers; the message lists the valid ones.
+      ConfigError: an unknown name, or one that says nothing about such layers; the message lists the valid ones. Or
+        `shared` beside the name of a registered method.
     """
     own = SHORTHANDS.get(spec_or_name) if isinstance(spec_or_name, str) else None
     if own is not None and own.method is not None:
+        if shared is not None:
+            raise ConfigError(
+                f"scheme {spec_or_name!r} is the method {own.method.__name__}, which says itself what becomes of "
+                f"shared experts; leave out {shared=}"
+            )
         return own.method(moe_config)
-    return SpecMethod(moe_config, None if spec_or_name is None else parse_scheme(spec_or_name, kind="moe"))
+    spec = None if spec_or_name is None else parse_scheme(spec_or_name, kind="moe")
+    return SpecMethod(moe_config, spec, None if shared is None else parse_scheme(shared, kind="linear"))
 
 
-def unquantized(weights: ExpertWeights, name: str) -> jax.Array:
+def unquantized(weights: ExpertWeights | SharedExpertWeights, name: str, prefix: str = "") -> jax.Array:
     """The weight of this name; ValueError where it is quantized already: its codes would be taken for values."""
     weight: jax.Array | QuantizedArray = getattr(weights, name)
     if isinstance(weight, QuantizedArray):
-        raise ValueError(f"{name} is quantized already, as {weight.format.name!r}; process weights once only")
+        raise ValueError(f"{prefix}{name} is quantized already, as {weight.format.name!r}; process weights once only")
     return weight
 
 

@@ -1,6 +1,7 @@
 """`MoEConfig` and `OnlineQuantConfig`: what they accept, what they decide, what they refuse."""
 
 import dataclasses
+import json
 import pickle
 import re
 
@@ -9,8 +10,10 @@ import pytest
 
 from moe_online.config import MoEConfig, OnlineQuantConfig
 from moe_online.errors import ConfigError
+from moe_online.models import DecoderConfig
 from moe_online.schemes import SHORTHANDS, QuantSpec
 from pallas_kernels import Activation
+from pallas_kernels.routing import SimulatedRouting, llama4_routing
 
 SIZES = {"num_experts": 4, "top_k": 2, "hidden_size": 32, "intermediate_size": 48}
 BLOCK = QuantSpec("fp8_per_block", "fp8_per_group")
@@ -30,6 +33,75 @@ def test_moe_config_holds_what_it_is_given():
     assert MoEConfig(**SIZES | {"top_k": 4}).activation == "silu"
 
 
+DEEPSEEK = {
+    "scoring": "sigmoid",
+    "num_expert_group": 2,
+    "topk_group": 1,
+    "has_correction_bias": True,
+    "routed_scaling_factor": 2.5,
+    "shared_intermediate_size": 16,
+    "shared_expert_gate": True,
+}
+
+
+@pytest.mark.smoke
+def test_moe_config_of_routing_and_shared_experts():
+    config = MoEConfig(**SIZES, **DEEPSEEK)
+    assert {name: getattr(config, name) for name in DEEPSEEK} == DEEPSEEK
+    assert config.output_scale == 1
+    assert dataclasses.replace(config, apply_routed_scale_to_output=True).output_scale == 2.5
+    assert config.gated
+    assert not MoEConfig(**SIZES, activation="relu2_no_mul").gated
+    assert not MoEConfig(**SIZES, activation=Activation("gelu_no_mul")).gated
+    for changes in ({}, {"apply_routed_scale_to_output": True}, {"topk_group": 2}):
+        changed = dataclasses.replace(config, **changes)
+        assert {changed: "static"}[dataclasses.replace(changed)] == "static"  # jit finds what it has compiled
+        assert (changed == config) == (not changes)
+
+
+def test_moe_config_with_a_function_of_its_own():
+    for function, same in (
+        (llama4_routing, llama4_routing),
+        (SimulatedRouting("zipf", seed=2), SimulatedRouting("zipf", seed=2)),
+    ):
+        config = MoEConfig(**SIZES, custom_routing_function=function, renormalize=False)
+        assert hash(config) == hash(dataclasses.replace(config, custom_routing_function=same))
+        assert config == dataclasses.replace(config, custom_routing_function=same)
+        assert config != dataclasses.replace(config, custom_routing_function=SimulatedRouting("zipf"))
+    on_output = {"routed_scaling_factor": 2.5, "apply_routed_scale_to_output": True}
+    assert MoEConfig(**SIZES, custom_routing_function=llama4_routing, **on_output).output_scale == 2.5
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"scoring": "sigmoid"}, "scoring='sigmoid'"),
+        ({"num_expert_group": 2, "topk_group": 1}, "num_expert_group=2, topk_group=1"),
+        ({"has_correction_bias": True}, "has_correction_bias=True"),
+        ({"routed_scaling_factor": 2.5}, "routed_scaling_factor=2.5"),
+        (DEEPSEEK, "scoring='sigmoid', num_expert_group=2, topk_group=1, has_correction_bias=True, routed_scaling"),
+    ],
+)
+def test_a_function_of_its_own_leaves_nothing_to_the_other_options(change, named):
+    with pytest.raises(ConfigError, match=re.escape(f"custom_routing_function decides all that {named}")):
+        MoEConfig(**SIZES, custom_routing_function=llama4_routing, **change)
+
+
+@pytest.mark.parametrize(
+    "activation",
+    ["relu2_no_mul", Activation("situ", beta=1.5, linear_beta=2.0), Activation("swiglustep", limit=6.0)],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, DEEPSEEK | {"apply_routed_scale_to_output": True}], ids=["plain", "deepseek"])
+def test_moe_config_survives_json(activation, options):
+    sizes = {"vocab_size": 8, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    config = DecoderConfig(**sizes, moe=MoEConfig(**SIZES, activation=activation, **options))
+    assert DecoderConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    function = MoEConfig(**SIZES, custom_routing_function=SimulatedRouting("zipf"))
+    with pytest.raises(ConfigError, match=r"custom_routing_function=SimulatedRouting\(.* cannot be written as JSON"):
+        dataclasses.replace(config, moe=function).to_json()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -43,6 +115,13 @@ def test_moe_config_holds_what_it_is_given():
         ({"activation": "swigluoai_uninterleave"}, "needs limit"),
         ({"scoring": "tanh"}, "unknown scoring='tanh'; valid names: sigmoid, softmax"),
         ({"params_dtype": jnp.int8}, "params_dtype=int8 must be a floating dtype"),
+        ({"topk_group": 1}, "num_expert_group=None, topk_group=1: grouped top-k needs both"),
+        ({"num_expert_group": 2}, "num_expert_group=2, topk_group=None: grouped top-k needs both"),
+        ({"num_expert_group": 2, "topk_group": 3}, "num_expert_group=2, topk_group=3: must be at least 1, and"),
+        ({"num_expert_group": 2, "topk_group": 0}, "num_expert_group=2, topk_group=0: must be at least 1, and"),
+        ({"num_expert_group": 2, "topk_group": 1, "top_k": 3}, "hold 2 of the 4 experts, fewer than top_k=3; raise"),
+        ({"shared_intermediate_size": -1}, "shared_intermediate_size=-1 must be at least 0"),
+        ({"shared_expert_gate": True}, "shared_expert_gate=True needs shared experts: give shared_intermediate_size"),
     ],
 )
 def test_moe_config_refuses(change, message):
@@ -53,6 +132,8 @@ def test_moe_config_refuses(change, message):
 def test_moe_config_refuses_other_types():
     with pytest.raises(TypeError, match="an activation is named by a string"):
         MoEConfig(**SIZES, activation=3)
+    with pytest.raises(TypeError, match="custom_routing_function='llama4' must be a function"):
+        MoEConfig(**SIZES, custom_routing_function="llama4")
 
 
 @pytest.mark.smoke

@@ -57,12 +57,61 @@ def test_declared_on_a_mesh():
     assert declared.w13_weight.sharding == NamedSharding(other, PartitionSpec("ep", None, None, None))
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
-    ("experts", "intermediate", "says"), [(3, INNER, "3 of w13_weight"), (E, 95, "95 of w13_weight")]
+    "mesh", [MESH, AbstractMesh((4,), ("expert",)), AbstractMesh((2,), ("tensor",)), None], ids=str
 )
-def test_sizes_that_do_not_divide(experts, intermediate, says):
+def test_declared_with_shared_experts_and_a_correction_bias(gated, mesh):
+    """Both lie whole on each device that holds other experts; the shared ones are cut along their I."""
+    declared = abstract_experts(
+        E,
+        H,
+        INNER,
+        BF16,
+        gated=gated,
+        num_correction_biases=16,
+        shared_intermediate_size=48,
+        shared_gate=True,
+        mesh=mesh,
+    )
+    shards = 2 if gated else 1
+    expert, tensor = (name if mesh is not None and name in mesh.axis_names else None for name in ("expert", "tensor"))
+    expected = {
+        "w13_weight": ((E, shards, INNER, H), (expert, None, tensor, None)),
+        "w2_weight": ((E, H, INNER), (expert, None, tensor)),
+        "shared_experts.w13_weight": ((1, shards, 48, H), (None, None, tensor, None)),
+        "shared_experts.w2_weight": ((1, H, 48), (None, None, tensor)),
+        "shared_experts.gate_weight": ((H,), (None,)),
+        "e_score_correction_bias": ((16,), (None,)),
+    }
+    tensors = declared.named_tensors()
+    assert set(tensors) == set(expected)
+    for name, (shape, spec) in expected.items():
+        assert tensors[name].shape == shape
+        assert tensors[name].dtype == (np.float32 if name == "e_score_correction_bias" else BF16)
+        sharding = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec(*spec))
+        assert tensors[name].sharding == sharding
+    first, second = (abstract_experts(E, H, INNER, BF16, shared_intermediate_size=size).shared for size in (0, 48))
+    assert first is None
+    assert second.gate_weight is None
+
+
+@pytest.mark.parametrize(
+    ("experts", "intermediate", "shared", "says"),
+    [
+        (3, INNER, 0, "3 of w13_weight"),
+        (E, 95, 0, "95 of w13_weight"),
+        (
+            E,
+            INNER,
+            47,
+            "47 of shared.w13_weight (1, 2, 47, 160) does not divide among the 2 devices of mesh axis 'tensor'",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide(experts, intermediate, shared, says):
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
-        abstract_experts(experts, H, intermediate, BF16, mesh=MESH)
+        abstract_experts(experts, H, intermediate, BF16, shared_intermediate_size=shared, mesh=MESH)
     assert "2 devices of mesh axis" in str(caught.value)
 
 

@@ -1,8 +1,8 @@
-"""The life of one layer's experts against numpy: declared, quantized, applied."""
+"""The life of one layer's experts against numpy: declared, quantized, routed, applied."""
 
+import contextlib
 import dataclasses
-import re
-from unittest import mock
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,17 @@ import pytest
 from jax.sharding import AbstractMesh
 
 import definition
+import numpy_router
 from by_name import assert_same_parts, by_name
-from moe_online.config import MoEConfig, OnlineQuantConfig
+from moe_online.config import MoEConfig
 from moe_online.errors import ConfigError, NonFiniteWeight
 from moe_online.experts import ExpertWeights
 from moe_online.layer import moe_layer
-from moe_online.method import OnlineMoEMethodBase, get_method, register_scheme
+from moe_online.method import OnlineMoEMethodBase, get_method
 from moe_online.schemes import SHORTHANDS, QuantSpec
 from numpy_quantizer import WEIGHTS, quantize_numpy
-from pallas_kernels import UnsupportedError
+from pallas_kernels import Activation
+from pallas_kernels.routing import SimulatedRouting, llama4_routing
 from sources import BF16, check_quantized, random
 from tolerance import assert_close, assert_same_bits
 
@@ -41,22 +43,37 @@ TREE = {
 }
 X = even(T, H, seed=3).astype(BF16)
 LOGITS = even(T, E, seed=4)
+REAL = tuple(definition.real(x) for x in TREE.values())
 
 
 def weights(**more):
     return ExpertWeights(**{name: jnp.asarray(x) for name, x in TREE.items()}, orig_dtype=BF16, **more)
 
 
-def processed(scheme, moe=MOE, **more):
-    method = get_method(scheme, moe)
-    return method, jax.jit(method.process_weights_after_loading)(weights(**more))
+@functools.partial(jax.jit, static_argnames="scheme")
+def process(given, scheme):
+    return get_method(scheme, MOE).process_weights_after_loading(given)
 
 
-def expected(scheme, logits=LOGITS, top_k=2, **more):
+def processed(scheme, **more):
+    return get_method(scheme, MOE), dataclasses.replace(process(weights(), scheme), **more)
+
+
+@functools.partial(jax.jit, static_argnames="moe")  # one for all tests, so that each shape compiles once
+def layer(given, x=X, logits=LOGITS, moe=MOE, token_mask=None):
+    return get_method(None, moe).apply_monolithic(given, x, logits, token_mask=token_mask)
+
+
+@jax.jit
+def apply(given, topk_weights, topk_ids):
+    return get_method(None, MOE).apply(given, X, topk_weights, topk_ids)
+
+
+def expected(scheme, logits=LOGITS, tree=TREE, **more):
     spec = QuantSpec(None, None) if scheme is None else SHORTHANDS[scheme].moe
     weight, activation = (fmt and fmt.name for fmt in (spec.weight, spec.activation))
-    w13, w2 = (definition.real(x, weight) for x in TREE.values())
-    routed = definition.route(logits, top_k)
+    w13, w2 = (definition.real(x, weight) for x in tree.values())
+    routed = definition.route(logits, 2)
     return definition.fused_moe(X, w13, w2, *routed, act_format=activation, **more)
 
 
@@ -76,6 +93,10 @@ def test_create_weights():
     assert declared.w13_weight.shape == (E, 2, INNER, H)  # declared as it is before quantization
     assert (declared.w13_bias.shape, declared.w2_bias.shape) == ((E, 2, INNER), (E, H))
     assert get_method(None, MOE).create_weights(E, H, INNER, jnp.float16).w13_bias is None
+    everywhere = dataclasses.replace(MOE, num_experts=16, has_correction_bias=True, shared_intermediate_size=48)
+    declared = get_method(None, everywhere).create_weights(E, H, INNER, jnp.bfloat16)
+    assert (declared.num_experts, declared.e_score_correction_bias.shape) == (E, (16,))  # of experts here and elsewhere
+    assert (declared.shared.w13_weight.shape, declared.shared.gate_weight) == ((1, 2, 48, H), None)
     with pytest.raises(TypeError, match="weight_loader"):
         method.create_weights(E, H, INNER, jnp.bfloat16, weight_loader=print)
 
@@ -83,7 +104,7 @@ def test_create_weights():
 @pytest.mark.parametrize("scheme", SCHEMES[:-1])
 def test_process_weights(scheme):
     bias = jnp.asarray(random(E, 2, INNER))
-    _, found = processed(scheme, w13_bias=bias)
+    found = process(weights(w13_bias=bias), scheme)
     check_quantized({"l": found}, {"l": TREE}, SHORTHANDS[scheme].moe.weight.name)
     assert found.activation_format == SHORTHANDS[scheme].moe.activation
     assert_same_bits(found.w13_bias, bias)
@@ -109,33 +130,186 @@ def test_apply(scheme):
     found = jax.jit(method.apply)(given, X, jnp.asarray(topk_weights, jnp.float32), jnp.asarray(topk_ids, jnp.int32))
     assert found.dtype == BF16
     assert_close(found, expected(scheme), **tolerances(scheme))
-    swapped = jax.tree.map(lambda leaf: jnp.roll(leaf, 1, axis=0), given)
     with pytest.raises(AssertionError):
-        assert_close(jax.jit(method.apply_monolithic)(swapped, X, LOGITS), expected(scheme), **tolerances(scheme))
+        assert_close(found, expected(scheme, LOGITS[:, ::-1]), **tolerances(scheme))
 
 
 def test_apply_monolithic_routes():
-    method, given = processed("fp8_per_block")
-    found = jax.jit(method.apply_monolithic)(given, X, LOGITS)
+    found = layer(processed("fp8_per_block")[1])
     assert_close(found, expected("fp8_per_block"), **tolerances("fp8_per_block"))
-    moe = dataclasses.replace(MOE, top_k=3, renormalize=False, scoring="sigmoid", routed_scaling_factor=2.5)
-    routed = definition.route(LOGITS, 3, scoring="sigmoid", renormalize=False, factor=2.5)
-    by_definition = definition.fused_moe(X, *(definition.real(x) for x in TREE.values()), *routed)
-    assert_close(
-        get_method(None, moe).apply_monolithic(weights(), X, LOGITS), by_definition, batch=BATCH, worst_row=ROW
+    options = {"scoring": "sigmoid", "renormalize": False, "num_expert_group": 2, "topk_group": 1}
+    moe = dataclasses.replace(MOE, **options, has_correction_bias=True, routed_scaling_factor=2.5)
+    bias = even(E, seed=8)
+    found = layer(weights(e_score_correction_bias=jnp.asarray(bias)), moe=moe)
+    for correction, is_right in ((bias, True), (-bias, False)):
+        routed = numpy_router.route(
+            LOGITS, 2, scoring="sigmoid", renormalize=False, groups=(2, 1), bias=correction, factor=2.5
+        )
+        assert routed.clear.all()
+        by_definition = definition.fused_moe(X, *REAL, routed.weights, routed.ids)
+        with contextlib.nullcontext() if is_right else pytest.raises(AssertionError):
+            assert_close(found, by_definition, batch=BATCH, worst_row=ROW)
+
+
+MANY = {"num_experts": 16, "top_k": 3}
+ROUTING = {
+    "groups": {"num_expert_group": 4, "topk_group": 2},
+    "correction bias": {"has_correction_bias": True, "scoring": "sigmoid"},
+    "both": {"num_expert_group": 4, "topk_group": 2, "has_correction_bias": True, "scoring": "sigmoid"},
+    "sqrtsoftplus": {"scoring": "sqrtsoftplus", "has_correction_bias": True},
+    "no renormalization": {"renormalize": False},
+    "factor": {"routed_scaling_factor": 2.5},
+    "factor of the output": {"routed_scaling_factor": 2.5, "apply_routed_scale_to_output": True},
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("options", ROUTING.values(), ids=ROUTING)
+def test_what_the_config_says_of_routing_reaches_the_router(options):
+    moe, logits, bias = dataclasses.replace(MOE, **MANY, **options), even(T, 16, seed=7), even(16, seed=8)
+    given = weights(e_score_correction_bias=jnp.asarray(bias) if moe.has_correction_bias else None)
+    found_weights, found_ids = jax.jit(get_method(None, moe).route)(given, X, logits)
+    expected = numpy_router.route(
+        logits,
+        moe.top_k,
+        scoring=moe.scoring,
+        renormalize=moe.renormalize,
+        groups=None if moe.topk_group is None else (moe.num_expert_group, moe.topk_group),
+        bias=bias if moe.has_correction_bias else None,
+        factor=1 if moe.apply_routed_scale_to_output else moe.routed_scaling_factor,
     )
+    assert expected.clear.all()
+    assert np.array_equal(found_ids, expected.ids)
+    assert_close(found_weights, expected.weights, batch=1e-6, worst_row=2e-6)
+    plain = numpy_router.route(logits, moe.top_k, scoring=moe.scoring)
+    same_ids = np.array_equal(found_ids, plain.ids)
+    assert same_ids == (moe.topk_group is None and not moe.has_correction_bias)
+    same = same_ids and np.allclose(found_weights, plain.weights, rtol=1e-5)
+    assert same == moe.apply_routed_scale_to_output  # each of the others matters
 
 
-def test_correction_bias_is_not_ignored():
-    given = weights(e_score_correction_bias=jnp.ones(E))
-    with pytest.raises(UnsupportedError, match="e_score_correction_bias"):
-        get_method(None, MOE).apply_monolithic(given, X, LOGITS)
+@pytest.mark.parametrize(
+    "function", [llama4_routing, SimulatedRouting("uniform_random", seed=3)], ids=["llama4", "uniform"]
+)
+def test_routing_functions(function):
+    seen, mask = [], np.arange(T) % 4 > 0
+
+    def watched(*arguments):
+        seen.append(arguments)
+        return function(*arguments)
+
+    def routed(**more):
+        moe = dataclasses.replace(MOE, custom_routing_function=watched, renormalize=False)
+        return get_method(None, moe).route(weights(), X, LOGITS, **more)
+
+    expected = function(X, LOGITS, 2, False)
+    for found, wanted in zip(routed(), expected, strict=True):
+        assert_same_bits(found, wanted)
+    ((hidden, logits, *options),) = seen
+    assert hidden is X
+    assert logits is LOGITS
+    assert options == [2, False]
+    for found, wanted, nothing in zip(routed(token_mask=mask), expected, (0, -1), strict=True):
+        assert_same_bits(found, np.where(mask[:, None], wanted, np.full_like(wanted, nothing)))
+
+
+def test_llama4():
+    """Its weight goes on the input; a factor of the output is no factor of the input."""
+    on_input = {"apply_router_weight_on_input": True, "apply_routed_scale_to_output": True}
+    moe = dataclasses.replace(
+        MOE, top_k=1, custom_routing_function=llama4_routing, routed_scaling_factor=3.0, **on_input
+    )
+    found, ids = layer(weights(), moe=moe), LOGITS.argmax(axis=1)[:, None]
+    routed = definition.sigmoid(np.take_along_axis(definition.real(LOGITS), ids, axis=1))
+    assert_close(found, 3 * definition.fused_moe(X, *REAL, routed, ids, on_input=True), batch=BATCH, worst_row=ROW)
+    with pytest.raises(AssertionError):
+        assert_close(found, definition.fused_moe(X, *REAL, 3 * routed, ids, on_input=True), batch=BATCH, worst_row=ROW)
+
+
+@pytest.mark.parametrize("on_output", [False, True])
+def test_a_routed_scale_in_the_router_and_of_the_output_do_the_same(on_output):
+    moe = dataclasses.replace(MOE, routed_scaling_factor=4.0, apply_routed_scale_to_output=on_output)
+    assert_same_bits(layer(weights(), moe=moe), 4 * np.asarray(layer(weights())))
+
+
+def test_a_correction_bias_belongs_to_the_weights():
+    """The config says only whether to declare one."""
+    with_bias = weights(e_score_correction_bias=jnp.asarray(even(E, seed=8)))
+    declared = dataclasses.replace(MOE, has_correction_bias=True)
+    assert_same_bits(layer(with_bias), layer(with_bias, moe=declared))
+    assert not np.array_equal(layer(with_bias), layer(weights()))
+    with pytest.raises(ValueError, match="has_correction_bias=True, but the weights have no e_score_correction_bias"):
+        get_method(None, declared).apply_monolithic(weights(), X, LOGITS)
+    own = dataclasses.replace(MOE, custom_routing_function=llama4_routing)
+    with pytest.raises(ValueError, match="which custom_routing_function does not get"):
+        get_method(None, own).apply_monolithic(with_bias, X, LOGITS)
+
+
+SITU = {"beta": 1.5, "linear_beta": 2.0}
+ACTIVATIONS = [
+    ("relu2_no_mul", {}, "fp8_per_block"),
+    ("silu_no_mul", {}, "int8_w8a8"),
+    ("gelu_tanh_no_mul", {}, "mxfp4"),
+    (Activation("situ", **SITU), SITU, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("activation", "parameters", "scheme"), ACTIVATIONS, ids=["relu2", "silu", "gelu_tanh", "situ"]
+)
+def test_activations_with_biases(activation, parameters, scheme):
+    """Where there is no gate w13 holds one matrix."""
+    moe = dataclasses.replace(MOE, activation=activation, has_bias=True)
+    method, shards = get_method(scheme, moe), 2 if moe.gated else 1
+    declared = method.create_weights(E, H, INNER, BF16)
+    assert (declared.w13_weight.shape, declared.w13_bias.shape) == ((E, shards, INNER, H), (E, shards, INNER))
+    rng = np.random.default_rng(1)
+
+    def normal(leaf):
+        return (rng.standard_normal(leaf.shape, np.float32) / np.sqrt(leaf.shape[-1])).astype(BF16)
+
+    given = jax.tree.map(normal, declared)
+    tree = {name: getattr(given, name) for name in TREE}
+    quantized = process(given, scheme)
+    if scheme is not None:
+        check_quantized({"l": quantized}, {"l": tree}, SHORTHANDS[scheme].moe.weight.name)
+    act = functools.partial(definition.activation, getattr(activation, "name", activation), **parameters)
+    found = layer(quantized, moe=moe)
+    for b13, is_right in ((given.w13_bias, True), (np.roll(given.w13_bias, 1, axis=0), False)):
+        biases = {"b13": definition.real(b13), "b2": definition.real(given.w2_bias)}
+        with contextlib.nullcontext() if is_right else pytest.raises(AssertionError):
+            assert_close(found, expected(scheme, tree=tree, act=act, **biases), **tolerances(scheme))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_numbers_of_tokens(tokens):
+    found = layer(weights(), X[:tokens], LOGITS[:tokens])
+    assert (found.shape, found.dtype) == ((tokens, H), BF16)
+    assert_close(found, expected(None)[:tokens], batch=BATCH, worst_row=ROW)
+
+
+IDS = {
+    "one takes all": np.full((T, 2), 3),
+    "two take all": np.stack([np.arange(T) % 2, np.full(T, 2)], axis=1),
+    "one takes one": np.where(np.arange(2 * T).reshape(T, 2) == 5, 1, -1),
+    "out of range": np.resize([0, E, -(2**31), 2**31 - 1, 3], (T, 2)),
+}
+
+
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_spreads_of_tokens_over_experts(ids):
+    """The weight of an id that is no expert's does not matter, though it is no number."""
+    routed, ids = np.random.default_rng(5).uniform(size=ids.shape).astype(np.float32), ids.astype(np.int32)
+    is_expert = (ids >= 0) & (ids < E)
+    found = apply(weights(), np.where(is_expert, routed, np.float32(np.nan)), ids)
+    assert_close(found, definition.fused_moe(X, *REAL, routed, ids), batch=BATCH, worst_row=ROW)
+    with pytest.raises(AssertionError):
+        assert_close(found, definition.fused_moe(X, *REAL, routed[::-1], ids), batch=BATCH, worst_row=ROW)
 
 
 def test_biases():
     b13, b2 = (even(*shape, seed=9).astype(BF16) for shape in ((E, 2, INNER), (E, H)))
-    method, given = processed("int8_w8a16", w13_bias=jnp.asarray(b13), w2_bias=jnp.asarray(b2))
-    found = jax.jit(method.apply_monolithic)(given, X, LOGITS)
+    found = layer(processed("int8_w8a16", w13_bias=jnp.asarray(b13), w2_bias=jnp.asarray(b2))[1])
     by_definition = expected("int8_w8a16", b13=definition.real(b13), b2=definition.real(b2))
     assert_close(found, by_definition, batch=BATCH, worst_row=ROW)
 
@@ -144,8 +318,7 @@ def test_expert_map():
     """Of 8 experts anywhere 4 are here; the others contribute nothing."""
     places = np.int32([-1, 0, -1, 1, 2, -1, -1, 3])
     logits = even(T, 8, seed=5)
-    method, given = processed("fp8_per_block", expert_map=jnp.asarray(places))
-    found = jax.jit(method.apply_monolithic)(given, X, logits)
+    found = layer(processed("fp8_per_block", expert_map=jnp.asarray(places))[1], X, logits)
     by_definition = expected("fp8_per_block", logits, expert_map=places)
     assert_close(found, by_definition, **tolerances("fp8_per_block"))
 
@@ -168,14 +341,74 @@ def test_no_scale_for_what_is_not_finite(value):
 
 
 def test_permuted_experts_change_nothing():
-    order = np.array([2, 0, 3, 1])
-    method, given = processed("fp8_per_block")
+    order, bias = np.array([2, 0, 3, 1]), jnp.asarray(even(E, seed=8) / 8)
+    moe = dataclasses.replace(MOE, scoring="sigmoid", has_correction_bias=True)  # softmax adds in the order of experts
+    _, given = processed("fp8_per_block", e_score_correction_bias=bias)
     moved = jax.tree.map(lambda leaf: leaf[order], given)
-    expected = jax.jit(method.apply_monolithic)(given, X, LOGITS)
-    found = jax.jit(method.apply_monolithic)(moved, X, LOGITS[:, order])
-    assert_close(found, expected, batch=BATCH, worst_row=ROW)
+    expected = layer(given, moe=moe)
+    assert_same_bits(layer(moved, X, LOGITS[:, order], moe), expected)
+    for wrong in (
+        layer(moved, moe=moe),
+        layer(dataclasses.replace(moved, e_score_correction_bias=bias), X, LOGITS[:, order], moe),
+    ):
+        with pytest.raises(AssertionError):
+            assert_close(wrong, expected, batch=BATCH, worst_row=ROW)
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8_per_block"])
+def test_tokens_know_nothing_of_each_other(scheme):
+    """Neither their order nor padding, whatever it holds, changes a bit of theirs."""
+    _, given = processed(scheme)
+    expected, order = np.asarray(layer(given)), np.random.default_rng(0).permutation(T)
+    assert_same_bits(layer(given, X[order], LOGITS[order]), expected[order])
+    x, logits = (np.concatenate([a, np.full((7, a.shape[1]), np.nan, a.dtype)]) for a in (X, LOGITS))
+    found = np.asarray(layer(given, x, logits, token_mask=np.arange(T + 7) < T))
+    assert_same_bits(found[:T], expected)
+    assert not found[T:].any()
     with pytest.raises(AssertionError):
-        assert_close(jax.jit(method.apply_monolithic)(moved, X, LOGITS), expected, batch=BATCH, worst_row=ROW)
+        assert_same_bits(found[:T], expected[order])
+
+
+def test_a_power_of_two_in_the_weights_is_one_in_the_output():
+    topk_weights, topk_ids = (
+        np.asarray(part, dtype) for part, dtype in zip(definition.route(LOGITS, 2), (np.float32, np.int32), strict=True)
+    )
+    once = np.asarray(apply(weights(), topk_weights, topk_ids))
+    for factor in (0.25, 8):
+        assert_same_bits(apply(weights(), np.float32(factor) * topk_weights, topk_ids), once * BF16.type(factor))
+
+
+def test_compiles_once_for_a_number_of_tokens():
+    traced = []
+
+    @jax.jit
+    def run(given, x, logits):
+        traced.append(x.shape)
+        return get_method(None, MOE).apply_monolithic(given, x, logits)
+
+    given = weights()
+    for seed, logits in enumerate((even(T, E, seed=11), np.zeros((T, E), np.float32), LOGITS * np.float32(100))):
+        run(jax.tree.map(lambda leaf: -leaf, given), even(T, H, seed=seed).astype(BF16), logits)
+    assert traced == [(T, H)]
+    run(given, X[:5], LOGITS[:5])
+    assert traced == [(T, H), (5, H)]
+
+
+def test_nothing_runs_on_the_host():
+    options = {"num_expert_group": 2, "topk_group": 1, "has_correction_bias": True, "shared_intermediate_size": INNER}
+    method = get_method("fp8_per_block", dataclasses.replace(MOE, **options), shared="int8_w8a8")
+    declared = method.create_weights(E, H, INNER, BF16)
+
+    def whole(given, x, logits):
+        return method.apply_monolithic(method.process_weights_after_loading(given), x, logits)
+
+    def watched(given, x, logits):
+        out = whole(given, x, logits)
+        return jax.pure_callback(np.asarray, jax.typeof(out), out)
+
+    for function, expected in ((whole, False), (watched, True)):
+        traced = jax.jit(function).trace(declared, X, LOGITS)
+        assert [("callback" in text) for text in (str(traced.jaxpr), traced.lower().as_text())] == [expected] * 2
 
 
 @pytest.mark.smoke
@@ -183,11 +416,15 @@ def test_functional_layer():
     router = even(H, E, seed=6).astype(BF16)
     x = X[:32].reshape(4, 8, H)
     _, given = processed("int8_w8a16")
-    found = jax.jit(moe_layer, static_argnums=3)(x, router, given, MOE)
+    bias, mask = even(E, seed=7), np.arange(32).reshape(4, 8) % 5 > 0
+    run = jax.jit(moe_layer, static_argnums=3)
+    found = run(x, router, given, MOE, router_bias=bias, token_mask=mask)
     assert (found.shape, found.dtype) == (x.shape, x.dtype)
     logits = X.astype(np.float64) @ router.astype(np.float64)
-    by_definition = expected("int8_w8a16", logits)[:32].reshape(x.shape)
-    assert_close(found, by_definition, batch=BATCH, worst_row=ROW)
+    for added, is_right in ((bias, True), (0, False)):
+        by_definition = expected("int8_w8a16", logits + added)[:32].reshape(x.shape) * mask[:, :, None]
+        with contextlib.nullcontext() if is_right else pytest.raises(AssertionError):
+            assert_close(found, by_definition, batch=BATCH, worst_row=ROW)
 
 
 def test_flags_and_refusals():
@@ -214,7 +451,7 @@ def test_a_method_of_ones_own():
     method = Halving(MOE)
     with pytest.raises(ValueError, match=r"Halving\.maybe_make_prepare_finalize"):
         method.maybe_make_prepare_finalize()
-    found = jax.jit(method.apply_monolithic)(method.process_weights_after_loading(weights()), X, LOGITS)
+    found = layer(method.process_weights_after_loading(weights()))
     assert_close(found, expected(None) / 2, batch=BATCH, worst_row=ROW)
 
 
@@ -238,72 +475,3 @@ def test_unknown_schemes(scheme, error, says):
 )
 def test_ways_to_name_a_scheme(scheme):
     assert get_method(scheme, MOE).spec == QuantSpec("int8_per_channel", None)
-
-
-OWN = QuantSpec("mxfp8", "int8_per_token")
-
-
-@pytest.fixture
-def own_schemes():
-    """Registers, and forgets when the test is over."""
-    with mock.patch.dict(SHORTHANDS):
-        register_scheme("my_formats", OWN)
-        register_scheme("my_method", Halving)
-        yield
-
-
-@pytest.mark.usefixtures("own_schemes")
-def test_schemes_of_ones_own():
-    config = OnlineQuantConfig.parse("my_formats")
-    assert get_method("my_formats", MOE).spec == OWN == config.moe == config.linear
-    assert OnlineQuantConfig(targets={"x": "my_formats"}).resolve("x", "moe") == OWN
-    method = get_method("my_method", MOE)
-    assert isinstance(method, Halving)
-    assert method.moe is MOE
-
-
-@pytest.mark.usefixtures("own_schemes")
-@pytest.mark.parametrize("config", ["my_method", {"moe": "my_method"}, {"targets": {"*": "my_method"}}], ids=str)
-def test_configs_take_formats_only(config):
-    says = "'my_method' is the method Halving, and loading and configs take formats only: load without quantization"
-    with pytest.raises(ConfigError, match=says):
-        OnlineQuantConfig.parse(config)
-
-
-@pytest.mark.usefixtures("own_schemes")
-def test_a_name_can_be_registered_again_where_that_is_meant():
-    for scheme in (Halving, OWN):
-        for taken in ("my_method", "my_formats"):
-            with pytest.raises(ConfigError, match=f"a scheme '{taken}' already; choose another name, or give replace"):
-                register_scheme(taken, scheme)
-    register_scheme("my_method", OWN, replace=True)
-    register_scheme("my_formats", Halving, replace=True)
-    assert get_method("my_method", MOE).spec == OWN
-    assert isinstance(get_method("my_formats", MOE), Halving)
-
-
-@pytest.mark.usefixtures("own_schemes")
-@pytest.mark.parametrize("taken", ["mxfp8", "fp8_per_block_static", "nvfp4", "int4_per_group_64", "fp8_per_token"])
-def test_what_the_library_names_stays(taken):
-    for scheme in (Halving, OWN):
-        with pytest.raises(ConfigError, match=f"there is a scheme or format '{taken}' already"):
-            register_scheme(taken, scheme, replace=True)
-
-
-@pytest.mark.usefixtures("own_schemes")
-@pytest.mark.parametrize("name", ["", "a,b", "a b", "a\n", "online", "bf16", "BF16", "none", "all", "auto"])
-def test_names_that_no_scheme_can_have(name):
-    for scheme in (Halving, OWN):
-        with pytest.raises(ConfigError, match=re.escape(f"no scheme can have the name {name!r}")):
-            register_scheme(name, scheme)
-
-
-@pytest.mark.usefixtures("own_schemes")
-def test_what_no_scheme_can_be():
-    with pytest.raises(TypeError, match="a QuantSpec or a subclass of OnlineMoEMethodBase, not 3"):
-        register_scheme("other", 3)
-    with pytest.raises(TypeError, match=r"a scheme is named by a string, not int \(3\)"):
-        register_scheme(3, OWN)
-    with pytest.raises(ConfigError, match="has no weight format"):
-        register_scheme("other", QuantSpec(None, "int8_per_token"))
-    assert "other" not in SHORTHANDS

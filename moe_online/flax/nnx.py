@@ -14,13 +14,15 @@ from jaxtyping import Array, Float
 from moe_online.config import MoEConfig
 from moe_online.experts import ExpertWeights
 from moe_online.layer import moe_layer
+from moe_online.method import get_method
 
 
 class MoE(nnx.Module):
     """A layer of routed experts: `moe(x) -> y`, both `[..., H]`.
 
     Its parameters are `router` `[H, E]` (a kernel, as `nnx.Linear` has one, computed in f32) and `experts`, one
-    `ExpertWeights`. Made inside `nnx.eval_shape` it is only declared; `moe_online.load` fills and quantizes it.
+    `ExpertWeights`, shared experts included. Made inside `nnx.eval_shape` it is only declared; `moe_online.load` fills
+    and quantizes it.
 
     Args:
       config: The layer.
@@ -67,13 +69,25 @@ init_kernel = jax.jit(nnx.initializers.lecun_normal(), static_argnums=(1, 2, 3))
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _init_experts(key: jax.Array, config: MoEConfig, dtype: Any) -> ExpertWeights:
-    e, h, i = config.num_experts, config.hidden_size, config.intermediate_size
-    scale = {"in_axis": -1, "out_axis": -2}
-    keys = jax.random.split(key)
-    return ExpertWeights(
-        w13_weight=jax.nn.initializers.lecun_normal(**scale, batch_axis=(0, 1))(keys[0], (e, 2, i, h), dtype),
-        w2_weight=jax.nn.initializers.lecun_normal(**scale, batch_axis=(0,))(keys[1], (e, h, i), dtype),
-        w13_bias=jnp.zeros((e, 2, i), dtype) if config.has_bias else None,
-        w2_bias=jnp.zeros((e, h), dtype) if config.has_bias else None,
-        orig_dtype=jnp.dtype(dtype),
+    declared = get_method(None, config).create_weights(
+        config.num_experts, config.hidden_size, config.intermediate_size, dtype
     )
+    leaves, structure = jax.tree_util.tree_flatten_with_path(declared)
+    keys = jax.random.split(key, len(leaves))
+    made = [_init(path, leaf, each) for (path, leaf), each in zip(leaves, keys, strict=True)]
+    experts: ExpertWeights = jax.tree.unflatten(structure, made)
+    return experts
+
+
+def _init(path: Any, leaf: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
+    """Zeros for biases; weights and gates as `nnx.Linear` has them, each matrix by itself."""
+    name, ndim = path[-1].name, len(leaf.shape)
+    if name.endswith("bias"):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    if ndim == 1:  # the gate of shared experts, a matrix of one output
+        gate: jax.Array = init_kernel(key, (*leaf.shape, 1), leaf.dtype).reshape(leaf.shape)
+        return gate
+    batch = tuple(range(ndim - 2))
+    init = jax.nn.initializers.lecun_normal(in_axis=-1, out_axis=-2, batch_axis=batch)
+    weight: jax.Array = init(key, leaf.shape, leaf.dtype)
+    return weight

@@ -19,7 +19,7 @@ from moe_online.loading.orbax import OrbaxSource
 from moe_online.loading.plan import LoadPlan, make_plan
 from moe_online.loading.report import LoadReport
 from moe_online.loading.source import CheckpointSource, MemorySource, Prefixed
-from moe_online.loading.tree import AbstractTree, Leaf, flatten
+from moe_online.loading.tree import FIELD_AXES, KERNEL, SHARED_AXES, AbstractTree, Leaf, flatten
 from moe_online.loading.units import Target
 from moe_online.schemes import QuantSpec
 
@@ -166,7 +166,7 @@ def _prepare(
 
 def _target(leaf: Leaf, parts: tuple[Part, ...], mesh: Mesh | None, spec: QuantSpec | None, rule: str) -> Target:
     """A leaf and its scheme; the kernel of a dense layer is transposed where it is quantized."""
-    if spec is not None and leaf.kind == "linear":
+    if spec is not None and leaf.field == KERNEL:
         parts = tuple(dataclasses.replace(part, axes=part.axes or leaf.axes) for part in parts)
         leaf = leaf.transposed()
     return Target(leaf=leaf, parts=parts, sharding=_sharding(leaf, mesh), spec=spec, rule=rule)
@@ -192,7 +192,9 @@ def _config(quantization: Quantization | None) -> OnlineQuantConfig | None:
 def _sharding(leaf: Leaf, mesh: Mesh | None) -> Any:
     sharding = default_sharding(leaf.aval)
     if mesh is not None and isinstance(sharding, SingleDeviceSharding):  # what a declaration without a mesh has
-        spec = expert_spec(leaf.field, mesh) if leaf.kind == "moe" and leaf.field else PartitionSpec()
+        spec = PartitionSpec()
+        if leaf.field in (SHARED_AXES if leaf.kind == "linear" else FIELD_AXES):
+            spec = expert_spec(str(leaf.field), mesh, shared=leaf.kind == "linear")
         sharding = NamedSharding(mesh, spec)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         # XLA, not the types of arrays, follows the shardings here: `jax.make_mesh` would have it the other way.

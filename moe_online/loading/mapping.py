@@ -11,7 +11,8 @@ A mapping goes from the names of stored tensors to what they are::
     }
 
 Each `*` on the right stands for what the `*` in the same place on the left matched. Axes describe the stored tensor:
-E expert, S gate or up, N output, K contraction. Leaves have them in the order E S N K.
+E expert, S gate or up, N output, K contraction. Leaves have them in the order E S N K. Experts whose activation is not
+gated have one matrix where others have gate and up: its S may be left out, and it has no halves.
 """
 
 from __future__ import annotations
@@ -120,7 +121,10 @@ def assign(
         if owner is None:
             surplus[name] = name if target == name else f"{name} (mapped to {target})"
         else:
-            found[owner].append(Part(stored=stored, axes=None if rule is None else rule.axes, half=half))
+            axes = None if rule is None else rule.axes
+            if axes is not None and "S" not in axes and _is_single(by_name[owner]):
+                half = 0
+            found[owner].append(Part(stored=stored, axes=axes, half=half))
     unused = [rule.pattern for rule in rules if rule not in used]
     if unused:
         raise ConfigError(f"mapping rules match no tensor of {where}: {', '.join(unused)}; {_some_names(tensors)}")
@@ -148,9 +152,15 @@ def _owner(target: str, leaves: Mapping[str, Leaf]) -> tuple[str | None, int | N
     if target in leaves:
         return target, None
     base, _, half = target.rpartition(".")
-    if half in HALVES and base in leaves and "S" in (leaves[base].axes or ""):
+    if half in HALVES and base in leaves and "S" in (leaves[base].axes or "") and not _is_single(leaves[base]):
         return base, HALVES.index(half)
     return None, None
+
+
+def _is_single(leaf: Leaf) -> bool:
+    """Whether it has one matrix, or bias, per expert where others have gate and up."""
+    axes = leaf.axes or ""
+    return "S" in axes and leaf.aval.shape[axes.index("S")] == 1
 
 
 def _check_missing(
@@ -167,7 +177,7 @@ def _check_missing(
             crowded.append(f"{name} ({', '.join(part.stored.name for part in parts)})")
         if not halves:
             missing.append(name)
-        elif halves != [None]:
+        elif halves != [None] and not _is_single(leaves[name]):
             missing += [f"{name}.{half}" for i, half in enumerate(HALVES) if i not in halves]
     if crowded:
         raise ConfigError(f"several tensors of {where} become one leaf: {', '.join(crowded)}; change the mapping")

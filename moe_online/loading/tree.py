@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,8 @@ FIELD_AXES = {  # of the tensors of ExpertWeights: E expert, S gate or up, N out
     "w2_bias": "EN",
     "e_score_correction_bias": "E",
 }
+SHARED_AXES = {"w13_weight": "ESNK", "w2_weight": "ENK", "gate_weight": "K"}  # of its shared experts: E is 1
+SHARED = "shared"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,14 +117,21 @@ def _leaves(name: str, node: Any, modules: Mapping[str, nnx.Module]) -> list[Lea
         raise ConfigError(_declared_as_quantized(name))
     if not isinstance(node, ExpertWeights):
         return [_single(name, node, modules)]
-    leaves = []
-    for field in FIELD_AXES:
+    leaves = [_of_experts(name, field, value) for field, value in _fields(name, node, FIELD_AXES)]
+    if node.shared is not None:
+        layer = _join(name, SHARED)
+        leaves += [_of_shared_experts(layer, field, value) for field, value in _fields(layer, node.shared, SHARED_AXES)]
+    return leaves
+
+
+def _fields(name: str, node: Any, axes: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """The tensors that the node of this name has."""
+    for field in axes:
         value = getattr(node, field)
         if isinstance(value, QuantizedArray):
             raise ConfigError(_declared_as_quantized(_join(name, field)))
         if value is not None:
-            leaves.append(_of_experts(name, field, value))
-    return leaves
+            yield field, value
 
 
 def _of_experts(layer: str, field: str, aval: Any) -> Leaf:
@@ -130,6 +139,14 @@ def _of_experts(layer: str, field: str, aval: Any) -> Leaf:
     if getattr(aval, "ndim", None) != len(axes):  # of several layers in one, as nnx.vmap makes them
         return Leaf(name=name, aval=aval, names=(layer or name,), what="stacked experts")
     return Leaf(name=name, aval=aval, layer=layer, kind="moe", field=field, axes=axes, what="bias of experts")
+
+
+def _of_shared_experts(layer: str, field: str, aval: Any) -> Leaf:
+    """They are a dense layer, quantized as one."""
+    name, axes = _join(layer, field), SHARED_AXES[field]
+    if getattr(aval, "ndim", None) != len(axes):
+        return Leaf(name=name, aval=aval, names=(layer,), what="stacked shared experts")
+    return Leaf(name=name, aval=aval, layer=layer, kind="linear", field=field, axes=axes, what="gate of shared experts")
 
 
 def _single(name: str, aval: Any, modules: Mapping[str, nnx.Module]) -> Leaf:
@@ -170,7 +187,17 @@ def _filled(name: str, node: Any, arrays: Mapping[str, Any], formats: Mapping[st
         return DenseKernel(weight=arrays[name], activation_format=formats[layer])
     if not isinstance(node, ExpertWeights):
         return arrays[name]
-    values = {field: arrays[_join(name, field)] for field in FIELD_AXES if getattr(node, field) is not None}
+    filled = _with_arrays(name, node, FIELD_AXES, arrays, formats)
+    if node.shared is None:
+        return filled
+    shared = _with_arrays(_join(name, SHARED), node.shared, SHARED_AXES, arrays, formats)
+    return dataclasses.replace(filled, shared=shared)
+
+
+def _with_arrays(
+    name: str, node: Any, axes: Mapping[str, str], arrays: Mapping[str, Any], formats: Mapping[str, Any]
+) -> Any:
+    values = {field: arrays[_join(name, field)] for field in axes if getattr(node, field) is not None}
     return dataclasses.replace(node, **values, activation_format=formats.get(name))
 
 

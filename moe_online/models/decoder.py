@@ -72,7 +72,13 @@ class DecoderConfig:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a dict that `json.dumps` takes; dtypes become their names."""
+        """Returns a dict that `json.dumps` takes; dtypes become their names.
+
+        Raises:
+          ConfigError: a function of one's own, which has no JSON.
+        """
+        if self.moe.custom_routing_function is not None:
+            raise ConfigError(f"custom_routing_function={self.moe.custom_routing_function!r} cannot be written as JSON")
         values = dataclasses.asdict(self)
         values["moe"]["params_dtype"] = self.moe.params_dtype.name
         return values
