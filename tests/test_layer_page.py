@@ -5,6 +5,8 @@ import doctest
 import pathlib
 import re
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "layer.md"
 ROWS = re.findall(r"^\| (?!rule)(?!-)(.+) \| (.+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -25,6 +27,7 @@ def test_they_name_tests_that_there_are():
     assert not missing
 
 
+@pytest.mark.slow
 def test_example():
     found = doctest.testfile(str(PAGE), module_relative=False)
     assert found.attempted > 5

@@ -350,6 +350,7 @@ def test_output_and_gradients(name):
             raise
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "control"), [(name, c) for name, f in FAMILIES.items() for c in f.controls])
 def test_another_layer_fails(name, control):
     family = FAMILIES[name]

@@ -144,10 +144,15 @@ ACTIVATIONS = {
     "gelu_tanh_no_mul": {},
     "relu2_no_mul": {},
 }
+SLOW = ("gelu_tanh", "silu_no_mul", "gelu_no_mul", "gelu_tanh_no_mul")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.smoke if name == "silu" else ()) for name in ACTIVATIONS]
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.smoke if name == "silu" else pytest.mark.slow if name in SLOW else ())
+        for name in ACTIVATIONS
+    ],
 )
 def test_activations_and_biases(name):
     x, w13, w2, weights, ids = problem(t=9)

@@ -68,9 +68,10 @@ def check_directions(gradients, arrays, value, tolerance=2e-5):
         assert abs(slope - (ahead - behind) / 2e-6) <= tolerance * size, name
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.smoke if n == "silu" else ()) for n in ALL_ACTIVATIONS]
-)
+MARKS = {"silu": pytest.mark.smoke, "swigluoai": (), "relu2_no_mul": ()}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, pytest.mark.slow)) for n in ALL_ACTIVATIONS])
 def test_of_everything_for_each_activation(name, monkeypatch):
     arrays, ids, cotangent = problem(shards=1 if name.endswith("no_mul") else 2)
     activation = Activation(name, **ALL_ACTIVATIONS[name])
@@ -137,12 +138,12 @@ def straight(fmt):
     ("weight", "activation"),
     [
         (None, None),
-        (None, "mxfp4"),
-        ("int8_per_channel", "int8_per_token"),
-        ("fp8_per_block", None),
         ("fp8_per_block", "fp8_per_group"),
-        ("nvfp4", "nvfp4_per_token"),
-        ("fp8_per_tensor", "fp8_per_tensor_dynamic"),
+        pytest.param(None, "mxfp4", marks=pytest.mark.slow),
+        pytest.param("int8_per_channel", "int8_per_token", marks=pytest.mark.slow),
+        pytest.param("fp8_per_block", None, marks=pytest.mark.slow),
+        pytest.param("nvfp4", "nvfp4_per_token", marks=pytest.mark.slow),
+        pytest.param("fp8_per_tensor", "fp8_per_tensor_dynamic", marks=pytest.mark.slow),
     ],
 )
 def test_through_quantized_weights_and_activations(weight, activation):

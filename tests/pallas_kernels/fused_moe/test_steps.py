@@ -42,14 +42,19 @@ def test_steps_are_the_whole(formats, on_input):
 def test_experts_of_two_devices():
     """Rows are prepared once; each half of the experts computes its own, and the sum is that of one device."""
     x, w13, w2, weights, ids = problem()
-    q13, q2 = (quantize(w, "fp8_per_channel") for w in (w13, w2))
+    q13, q2 = (jax.jit(quantize, static_argnums=1)(w, "fp8_per_channel") for w in (w13, w2))
     half = E // 2
+
+    @jax.jit
+    def run(x, weights, ids, expert_map, mine):
+        prepared = prepare(x, weights, ids, half, expert_map=expert_map)
+        return prepared, run_experts(prepared, *mine)
+
     total = np.zeros((T, H))
     for start in (0, half):
         mine = jax.tree.map(lambda leaf, start=start: leaf[start : start + half], (q13, q2))
         places = jnp.where((jnp.arange(E) >= start) & (jnp.arange(E) < start + half), jnp.arange(E) - start, -1)
-        prepared = prepare(x, weights, ids, half, expert_map=places.astype(jnp.int32))
-        rows = run_experts(prepared, *mine)
+        prepared, rows = run(x, weights, ids, places.astype(jnp.int32), mine)
         assert rows.dtype == jnp.float32
         assert not np.asarray(rows[int(prepared.order.group_sizes.sum()) :]).any()
         total += np.asarray(finalize(rows, prepared, dtype=jnp.float32), np.float64)

@@ -18,6 +18,9 @@ EXACT = {"batch": 2e-6, "worst_row": 2e-5}  # f32 sums
 ROUNDED = {"batch": 5e-3, "worst_row": 1.2e-2}  # bf16: the gradient of the sums, the result
 
 
+CHOSEN = [("int8_per_channel", "int8_per_token"), ("fp8_per_block", None), ("nvfp4", None)]  # not slow
+
+
 def problem(dtype=jnp.float32, e=4):
     rng = np.random.default_rng(0)
     arrays = (
@@ -77,9 +80,21 @@ def test_of_some_experts(offset):
         assert_close(actual, right, **EXACT)
 
 
-@pytest.mark.parametrize("activation", [None, "int8_per_token"])
 @pytest.mark.parametrize(
-    "weight", ["int8_per_channel", "fp8_per_block", "int4_per_group_32", "mxfp8", "mxfp4", "nvfp4", "fp8_per_tensor"]
+    ("weight", "activation"),
+    [
+        pytest.param(weight, activation, marks=() if (weight, activation) in CHOSEN else pytest.mark.slow)
+        for weight in (
+            "int8_per_channel",
+            "fp8_per_block",
+            "int4_per_group_32",
+            "mxfp8",
+            "mxfp4",
+            "nvfp4",
+            "fp8_per_tensor",
+        )
+        for activation in (None, "int8_per_token")
+    ],
 )
 def test_through_quantized_weights(weight, activation):
     x, w, bias, cotangent = problem()
@@ -98,7 +113,7 @@ def test_through_quantized_weights(weight, activation):
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "swigluoai", "relu2_no_mul"])
-@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("halves", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_through_an_epilogue(name, halves):
     """Against differences of the definition, along random directions."""
     x, w, bias, cotangent = problem()

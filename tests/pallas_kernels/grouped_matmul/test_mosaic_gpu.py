@@ -118,12 +118,12 @@ def test_dtypes_and_shapes():
         ("gelu_tanh", TALL, True),
         ("relu2", None, False),
         ("swigluoai", None, True),
-        ("swiglustep", None, False),
-        ("situ", None, True),
+        pytest.param("swiglustep", None, False, marks=pytest.mark.slow),
+        pytest.param("situ", None, True, marks=pytest.mark.slow),
         ("gelu", None, True),
         ("silu_no_mul", LOW, True),
         ("relu2_no_mul", TALL, False),
-        ("gelu_no_mul", None, False),
+        pytest.param("gelu_no_mul", None, False, marks=pytest.mark.slow),
     ],
 )
 def test_epilogue(name, config, biased):
