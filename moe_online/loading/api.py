@@ -18,6 +18,7 @@ from moe_online.loading.mapping import Part, assign
 from moe_online.loading.orbax import OrbaxSource
 from moe_online.loading.plan import LoadPlan, make_plan
 from moe_online.loading.report import LoadReport
+from moe_online.loading.safetensors import SafetensorsSource, is_safetensors
 from moe_online.loading.source import CheckpointSource, MemorySource, Prefixed
 from moe_online.loading.tree import FIELD_AXES, KERNEL, SHARED_AXES, AbstractTree, Leaf, flatten
 from moe_online.loading.units import Target
@@ -60,7 +61,7 @@ def load(
     Args:
       abstract: What to load, declared: an nnx module made inside `nnx.eval_shape`, or any pytree of
         `ShapeDtypeStruct`s. Leaves go where their sharding says.
-      source: A path of an Orbax checkpoint, a pytree of numpy or `jax.Array`s, or a `CheckpointSource`.
+      source: A path of an Orbax checkpoint or of safetensors (a file or a folder), a pytree of numpy or `jax.Array`s, or a `CheckpointSource`.
       quantization: A shorthand such as `"fp8_per_block"`, an `OnlineQuantConfig`, its dict, or a `QuantSpec` for all
         experts. `linear` reaches each `moe_online.flax.Linear`; most shorthands set it beside `moe`. None loads
         everything as declared. Weights are quantized from the dtype that is stored.
@@ -136,7 +137,9 @@ def open_source(source: Source, *, prefix: str | None = None) -> CheckpointSourc
       CheckpointError: a path that is no checkpoint.
     """
     if isinstance(source, str | os.PathLike):
-        return OrbaxSource(source, prefix=prefix)
+        if not is_safetensors(source):
+            return OrbaxSource(source, prefix=prefix)
+        source = SafetensorsSource(source)
     opened = source if isinstance(source, CheckpointSource) else MemorySource(source)
     return opened if prefix is None else Prefixed(opened, prefix)
 

@@ -113,8 +113,6 @@ def _only_child(path: epath.Path) -> epath.Path:
     if items:
         names = ", ".join(item.name for item in items)
         raise CheckpointError(f"{path} holds several items: {names}; choose one with prefix={items[0].name!r}")
-    if any(path.glob("*.safetensors")) if path.is_dir() else path.suffix == ".safetensors":
-        raise CheckpointError(f"{path} holds safetensors, which cannot be read yet; convert it to Orbax with ocp.save")
     raise CheckpointError(
         f"{path} is no Orbax checkpoint: neither it nor a folder in it has a {METADATA} file. Give the folder that "
         "ocp.save or CheckpointManager wrote; one that ends in -tmp was never finished"

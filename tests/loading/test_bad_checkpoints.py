@@ -95,9 +95,6 @@ def test_no_checkpoint(tmp_path):
     assert_refused(CheckpointError, tmp_path, "no Orbax checkpoint", "ocp.save")
     (tmp_path / "file.txt").write_text("hello")
     assert_refused(CheckpointError, tmp_path / "file.txt", "no Orbax checkpoint")
-    (tmp_path / "model.safetensors").write_bytes(b"1234")
-    assert_refused(CheckpointError, tmp_path, "safetensors", "convert")
-    assert_refused(CheckpointError, tmp_path / "model.safetensors", "safetensors", "convert")
 
 
 def without(tree, *gone):
