@@ -13,6 +13,8 @@ from moe_online.errors import NonFiniteWeight as NonFiniteWeight
 from moe_online.errors import ShapeMismatch as ShapeMismatch
 from moe_online.errors import UnexpectedWeights as UnexpectedWeights
 from moe_online.experts import ExpertWeights as ExpertWeights
+from moe_online.experts import SharedExpertWeights as SharedExpertWeights
+from moe_online.layer import moe_layer as moe_layer
 from moe_online.loading import CheckpointSource as CheckpointSource
 from moe_online.loading import LoadPlan as LoadPlan
 from moe_online.loading import LoadReport as LoadReport

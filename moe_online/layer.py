@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float
 
 from moe_online.config import MoEConfig
 from moe_online.experts import ExpertWeights
-from moe_online.method import get_method
+from moe_online.method import get_method, zero_padding
 
 
 def moe_layer(
@@ -28,12 +28,24 @@ def moe_layer(
       weights: Quantized or not; they say how their inputs are quantized.
       config: The layer.
       router_bias: Added to the router's logits.
-      token_mask: False for tokens that are padding: they visit no routed expert.
+      token_mask: False for tokens that are padding. Whatever they hold, they come out as zeros and change nothing for
+        others.
 
     Returns:
       The shape and dtype of `x`.
+
+    Raises:
+      ValueError: a mask, a router or a router's bias of another shape; and what `apply_monolithic` raises.
     """
-    tokens = x.reshape(-1, x.shape[-1])
+    h, e = x.shape[-1], config.num_experts if weights.expert_map is None else weights.expert_map.shape[0]
+    if router.shape != (h, e) or (router_bias is not None and router_bias.shape != (e,)):
+        shapes = (router.shape, None if router_bias is None else router_bias.shape)
+        raise ValueError(f"router and its bias of shapes {shapes} must be [H, E] = {(h, e)} and [E] for {x.shape=}")
+    if token_mask is not None and token_mask.shape != x.shape[:-1]:
+        raise ValueError(f"{token_mask.shape=} must be {x.shape[:-1]}, as of {x.shape=} less its last axis")
+    tokens, mask = x.reshape(-1, h), None if token_mask is None else token_mask.reshape(-1)
+    if mask is not None:
+        tokens = zero_padding(tokens, mask)
     logits = jnp.dot(
         tokens.astype(jnp.float32),
         router.astype(jnp.float32),
@@ -41,5 +53,4 @@ def moe_layer(
     )
     if router_bias is not None:
         logits = logits + router_bias.astype(jnp.float32)[None]
-    mask = None if token_mask is None else token_mask.reshape(-1)
     return get_method(None, config).apply_monolithic(weights, tokens, logits, token_mask=mask).reshape(x.shape)

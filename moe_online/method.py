@@ -20,9 +20,10 @@ from moe_online.config import MoEConfig
 from moe_online.errors import ConfigError, NonFiniteWeight
 from moe_online.experts import ExpertWeights, SharedExpertWeights, abstract_experts
 from moe_online.schemes import SHORTHANDS, QuantSpec, SchemeLike, Shorthand, add_shorthand, parse_scheme
-from moe_online.shared_experts import apply_shared_experts, without_padding
+from moe_online.shared_experts import apply_shared_experts
 from pallas_kernels import Format, QuantizedArray, fused_moe, quantize, route
-from pallas_kernels.routing import mask_tokens
+from pallas_kernels.routing import SimulatedRouting, mask_tokens
+from pallas_kernels.routing.checks import check_vector
 
 AnyWeights = TypeVar("AnyWeights", ExpertWeights, SharedExpertWeights)
 
@@ -109,8 +110,10 @@ class OnlineMoEMethodBase(abc.ABC):
           `[T, H]` in the dtype of `x`.
 
         Raises:
-          ValueError: `shared_experts_input` where `weights` has no shared experts, or of other tokens than `x`.
+          ValueError: `shared_experts_input` where `weights` has no shared experts, or of other tokens than `x`; biases
+            or shared experts that the config has and `weights` lacks; and what `fused_moe` raises.
         """
+        _check_promises(self.moe, weights)
         if shared_experts_input is not None and weights.shared is None:
             raise ValueError("shared_experts_input is given, but the weights have no shared experts; drop it")
         y = fused_moe(
@@ -156,18 +159,22 @@ class OnlineMoEMethodBase(abc.ABC):
           x: As of `apply`.
           router_logits: Of all experts, here or elsewhere.
           shared_experts_input: As of `apply`.
-          token_mask: False for tokens that are padding: they visit no routed expert, and change nothing for others.
+          token_mask: False for tokens that are padding. Whatever they hold, they come out as zeros and change nothing
+            for others.
 
         Returns:
           `[T, H]` in the dtype of `x`.
 
         Raises:
-          ValueError: as `apply`, and a correction bias that is missing, or that a custom function would not get.
+          ValueError: as `apply`; logits of another number of experts; a mask that is not bool `[T]`; a correction bias
+            that is missing, or that a custom function would not get.
         """
+        if token_mask is not None:
+            check_vector("token_mask", token_mask, x.shape[0], jnp.bool_)
+            x, router_logits = (zero_padding(each, token_mask) for each in (x, router_logits))
+            if shared_experts_input is not None:
+                shared_experts_input = zero_padding(shared_experts_input, token_mask)
         topk_weights, topk_ids = self.route(weights, x, router_logits, token_mask=token_mask)
-        if weights.shared is not None and token_mask is not None:
-            shared_experts_input = x if shared_experts_input is None else shared_experts_input
-            shared_experts_input = without_padding(weights.shared, shared_experts_input, token_mask)
         return self.apply(weights, x, topk_weights, topk_ids, shared_experts_input)
 
     def route(
@@ -180,9 +187,16 @@ class OnlineMoEMethodBase(abc.ABC):
     ) -> tuple[Float[Array, "T top_k"], Int32[Array, "T top_k"]]:
         """The experts of each token, and their weights, as `MoEConfig` says; arguments as of `apply_monolithic`."""
         moe, bias = self.moe, weights.e_score_correction_bias
+        num_experts = moe.num_experts if weights.expert_map is None else weights.expert_map.shape[0]
+        if router_logits.shape[-1] != num_experts:
+            raise ValueError(
+                f"{router_logits.shape=} must be [T, {num_experts}], one for each expert of the "
+                f"{'config' if weights.expert_map is None else 'expert map'}"
+            )
         if moe.has_correction_bias and bias is None:
             raise ValueError("has_correction_bias=True, but the weights have no e_score_correction_bias; give them one")
-        if moe.custom_routing_function is not None and bias is not None:
+        simulated = isinstance(moe.custom_routing_function, SimulatedRouting)
+        if moe.custom_routing_function is not None and bias is not None and not simulated:
             raise ValueError("the weights have an e_score_correction_bias, which custom_routing_function does not get")
         if moe.custom_routing_function is not None:
             chosen = moe.custom_routing_function(x, router_logits, moe.top_k, moe.renormalize)
@@ -298,6 +312,19 @@ def unquantized(weights: ExpertWeights | SharedExpertWeights, name: str, prefix:
     if isinstance(weight, QuantizedArray):
         raise ValueError(f"{prefix}{name} is quantized already, as {weight.format.name!r}; process weights once only")
     return weight
+
+
+def zero_padding(x: Float[Array, "T N"], token_mask: Bool[Array, " T"]) -> Float[Array, "T N"]:
+    """`x` with zeros where the mask is False, so that neither what padding holds nor its gradient reaches anything."""
+    return jnp.where(token_mask[:, None], x, jnp.zeros_like(x))
+
+
+def _check_promises(moe: MoEConfig, weights: ExpertWeights) -> None:
+    """Raises ValueError where the config has something that the weights lack: left out, it would not be missed."""
+    if moe.has_bias and (weights.w13_bias is None or weights.w2_bias is None):
+        raise ValueError("has_bias=True, but the weights lack w13_bias or w2_bias; give them both")
+    if moe.shared_intermediate_size and weights.shared is None:
+        raise ValueError(f"{moe.shared_intermediate_size=}, but the weights have no shared experts; give them some")
 
 
 def _check_finite(**weights: jax.Array) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from moe_online.experts import SharedExpertWeights
 from pallas_kernels import Activation, fused_ffn
@@ -37,12 +37,3 @@ def apply_shared_experts(
     logits = jnp.sum(x.astype(jnp.float32) * shared.gate_weight.astype(jnp.float32)[None], axis=1)
     gated: jax.Array = y * jax.nn.sigmoid(logits)[:, None]
     return gated
-
-
-def without_padding(
-    shared: SharedExpertWeights, x: Float[Array, "T H_shared"], token_mask: Bool[Array, " T"]
-) -> Float[Array, "T H_shared"]:
-    """`x`; zero where the mask is False if one scale spans all tokens: the magnitude of padding has no say in it."""
-    if shared.activation_format is None or not shared.activation_format.whole_matrix:
-        return x
-    return jnp.where(jnp.broadcast_to(token_mask[:, None], x.shape), x, jnp.zeros_like(x))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -135,8 +136,9 @@ class Activation:
                 object.__setattr__(self, parameter, value)
             if value is None and parameter in rule.required:
                 raise ValueError(f"activation {name!r} needs {parameter}: give Activation({name!r}, {parameter}=...)")
-            if value is not None and value <= 0 and parameter in rule.positive:
-                raise ValueError(f"activation {name!r}: {parameter}={value} must be above 0")
+            if value is not None and not (math.isfinite(value) and (value > 0 or parameter not in rule.positive)):
+                above = " above 0" if parameter in rule.positive else ""
+                raise ValueError(f"activation {name!r}: {parameter}={value} must be a finite number{above}")
 
     @property
     def gated(self) -> bool:
@@ -149,12 +151,14 @@ class Activation:
         """The activation, in f32, of `gate` and `up`, or of one array where it is not gated.
 
         Raises:
-          ValueError: a gated activation without `up`, or another with it.
+          ValueError: a gated activation without `up`, or another with it; two shapes.
         """
         rule = _RULES[self.name]
         if (up is None) == self.gated:
             takes = "gate and up" if self.gated else "one array: it is not gated"
             raise ValueError(f"activation {self.name!r} takes {takes}")
+        if up is not None and gate.shape != up.shape:
+            raise ValueError(f"{gate.shape=} and {up.shape=} must be the same")
         gate = gate.astype(jnp.float32)
         if rule.alone is not None:
             return rule.alone(gate)
@@ -163,8 +167,16 @@ class Activation:
         return rule.gated(self, gate, up.astype(jnp.float32))
 
     def of_rows(self, x: Float[Array, "M N"]) -> Float[Array, "M N_out"]:
-        """The activation, in f32, of rows that hold gate and then up, or one value where it is not gated."""
-        return self(*jnp.split(x, 2, axis=1)) if self.gated else self(x)
+        """The activation, in f32, of rows that hold gate and then up, or one value where it is not gated.
+
+        Raises:
+          ValueError: rows of an odd width, of which there are no halves.
+        """
+        if not self.gated:
+            return self(x)
+        if x.shape[1] % 2:
+            raise ValueError(f"{x.shape=} must have an even width for {self.name!r}: gate, then up")
+        return self(*jnp.split(x, 2, axis=1))
 
 
 def get_activation(activation: str | Activation) -> Activation:

@@ -51,9 +51,12 @@ def update(out: jax.Array, new: jax.Array, starts: Sequence[jax.Array | int]) ->
 
 
 def rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """f32 `x` rounded to `dtype`, also where a cast back to f32 follows: XLA:GPU drops such a pair of casts to bf16."""
+    """f32 `x` rounded to `dtype`, also where a cast back to f32 follows: XLA:GPU drops such a pair of casts."""
     if dtype == jnp.bfloat16:
         x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    if dtype == jnp.float16:  # whose subnormal numbers `reduce_precision` would drop
+        half: jax.Array = lax.optimization_barrier(x.astype(dtype))
+        return half
     return x.astype(dtype)
 
 

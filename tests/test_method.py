@@ -15,7 +15,7 @@ import numpy_router
 from by_name import assert_same_parts, by_name
 from moe_online.config import MoEConfig
 from moe_online.errors import ConfigError, NonFiniteWeight
-from moe_online.experts import ExpertWeights
+from moe_online.experts import ExpertWeights, SharedExpertWeights
 from moe_online.layer import moe_layer
 from moe_online.method import OnlineMoEMethodBase, get_method
 from moe_online.schemes import SHORTHANDS, QuantSpec
@@ -425,6 +425,65 @@ def test_functional_layer():
         by_definition = expected("int8_w8a16", logits + added)[:32].reshape(x.shape) * mask[:, :, None]
         with contextlib.nullcontext() if is_right else pytest.raises(AssertionError):
             assert_close(found, by_definition, batch=BATCH, worst_row=ROW)
+
+
+def test_what_weights_and_logits_lack_is_missed():
+    method = get_method(None, MOE)
+    for width in (E - 1, E + 3):
+        with pytest.raises(ValueError, match=rf"must be \[T, {E}\], one for each expert of the config"):
+            method.apply_monolithic(weights(), X, even(T, width, seed=1))
+    places = jnp.asarray([0, 1, -1, 2, 3], jnp.int32)
+    with pytest.raises(ValueError, match=r"must be \[T, 5\], one for each expert of the expert map"):
+        method.apply_monolithic(weights(expert_map=places), X, LOGITS)
+    for options, says in (
+        ({"has_bias": True}, "lack w13_bias or w2_bias"),
+        ({"shared_intermediate_size": 8}, "no shared"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            get_method(None, dataclasses.replace(MOE, **options)).apply_monolithic(weights(), X, LOGITS)
+
+
+def test_shapes_of_masks_and_routers():
+    x, router = X[:32].reshape(4, 8, H), even(H, E, seed=6)
+    for mask in (np.ones((8, 4), bool), np.ones(32, bool)):
+        with pytest.raises(ValueError, match=r"token_mask\.shape=.* must be \(4, 8\)"):
+            moe_layer(x, router, weights(), MOE, token_mask=mask)
+    for wrong in ({"router": router.T}, {"router_bias": np.ones(1, np.float32)}):
+        with pytest.raises(ValueError, match=r"must be \[H, E\]"):
+            moe_layer(x, weights=weights(), config=MOE, **{"router": router} | wrong)
+    llama = get_method(None, dataclasses.replace(MOE, custom_routing_function=llama4_routing))
+    for mask, error in ((np.ones(1, bool), ValueError), (np.ones(T, np.int32), TypeError)):
+        with pytest.raises(error, match="token_mask"):
+            llama.apply_monolithic(weights(), X, LOGITS, token_mask=mask)
+
+
+def test_padding_that_is_no_number_spoils_no_gradient():
+    moe = dataclasses.replace(MOE, shared_intermediate_size=INNER)
+    shared = SharedExpertWeights(
+        w13_weight=jnp.asarray(TREE["w13_weight"][:1]), w2_weight=jnp.asarray(TREE["w2_weight"][:1])
+    )
+    given, mask = weights(shared=shared), np.arange(T) < 20
+    router = jnp.asarray(even(H, E, seed=6))
+
+    def total(given, router, padding):
+        x = jnp.where(mask[:, None], jnp.asarray(X), jnp.asarray(padding, jnp.bfloat16))
+        return jnp.sum(moe_layer(x, router, given, moe, token_mask=mask).astype(jnp.float32) ** 2)
+
+    gradients = jax.jit(jax.grad(total, (0, 1)))
+    clean = gradients(given, router, 0.0)
+    for found, right in zip(jax.tree.leaves(gradients(given, router, jnp.nan)), jax.tree.leaves(clean), strict=True):
+        assert np.isfinite(np.asarray(right, np.float32)).all()
+        assert_same_bits(found, right)
+
+
+def test_a_simulated_load_on_a_real_model():
+    moe = dataclasses.replace(
+        MOE, scoring="sigmoid", routed_scaling_factor=2.5, custom_routing_function=SimulatedRouting("zipf")
+    )
+    given = weights(e_score_correction_bias=jnp.ones(E))
+    found, ids = get_method(None, moe).route(given, X, LOGITS)
+    assert_same_bits(ids, SimulatedRouting("zipf")(X, LOGITS, 2, True)[1])
+    assert_same_bits(found, np.ones((T, 2), np.float32))
 
 
 def test_flags_and_refusals():

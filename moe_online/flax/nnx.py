@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from moe_online.config import MoEConfig
 from moe_online.experts import ExpertWeights
@@ -20,9 +20,9 @@ from moe_online.method import get_method
 class MoE(nnx.Module):
     """A layer of routed experts: `moe(x) -> y`, both `[..., H]`.
 
-    Its parameters are `router` `[H, E]` (a kernel, as `nnx.Linear` has one, computed in f32) and `experts`, one
-    `ExpertWeights`, shared experts included. Made inside `nnx.eval_shape` it is only declared; `moe_online.load` fills
-    and quantizes it.
+    Its parameters are `router` `[H, E]` (an `nnx.Linear`, with a bias where the config says so, computed in f32) and
+    `experts`, one `ExpertWeights`, shared experts included. Made inside `nnx.eval_shape` it is only declared;
+    `moe_online.load` fills and quantizes it.
 
     Args:
       config: The layer.
@@ -48,7 +48,7 @@ class MoE(nnx.Module):
         self.router = nnx.Linear(
             config.hidden_size,
             config.num_experts,
-            use_bias=False,
+            use_bias=config.router_bias,
             dtype=jnp.float32,
             param_dtype=param_dtype,
             kernel_init=init_kernel,
@@ -57,10 +57,18 @@ class MoE(nnx.Module):
         self.experts = nnx.Param(_init_experts(rngs.params(), config, jnp.dtype(param_dtype)))
         self.config, self.dtype = config, None if dtype is None else jnp.dtype(dtype)
 
-    def __call__(self, x: Float[Array, "*batch H"]) -> Float[Array, "*batch H"]:
-        """Returns the weighted sum of the chosen experts' outputs, in `dtype`."""
+    def __call__(
+        self, x: Float[Array, "*batch H"], *, token_mask: Bool[Array, "*batch"] | None = None
+    ) -> Float[Array, "*batch H"]:
+        """Returns the weighted sum of the chosen experts' outputs, plus the shared experts', in `dtype`.
+
+        Args:
+          x: The tokens.
+          token_mask: False for tokens that are padding: they come out as zeros and change nothing for others.
+        """
         x = x if self.dtype is None else x.astype(self.dtype)
-        return moe_layer(x, self.router.kernel[...], self.experts.get_value(), self.config)
+        kernel, bias = self.router.kernel[...], None if self.router.bias is None else self.router.bias[...]
+        return moe_layer(x, kernel, self.experts.get_value(), self.config, router_bias=bias, token_mask=token_mask)
 
 
 # As one function each: flax looks through all operations traced so far for every parameter that it declares.

@@ -61,7 +61,8 @@ def load(
     Args:
       abstract: What to load, declared: an nnx module made inside `nnx.eval_shape`, or any pytree of
         `ShapeDtypeStruct`s. Leaves go where their sharding says.
-      source: A path of an Orbax checkpoint or of safetensors (a file or a folder), a pytree of numpy or `jax.Array`s, or a `CheckpointSource`.
+      source: A path of an Orbax checkpoint or of safetensors (a file or a folder), a pytree of numpy or `jax.Array`s,
+        or a `CheckpointSource`.
       quantization: A shorthand such as `"fp8_per_block"`, an `OnlineQuantConfig`, its dict, or a `QuantSpec` for all
         experts. `linear` reaches each `moe_online.flax.Linear`; most shorthands set it beside `moe`. None loads
         everything as declared. Weights are quantized from the dtype that is stored.
@@ -83,7 +84,7 @@ def load(
     Raises:
       ConfigError: a scheme, mapping or declaration that cannot be served, or reaches nothing.
       CheckpointNotFound: nothing at the path.
-      CheckpointError: no Orbax checkpoint there.
+      CheckpointError: no checkpoint there.
       MissingWeights: the source lacks tensors of the model.
       UnexpectedWeights: the source has tensors that the model does not ask for.
       ShapeMismatch: a tensor has another shape.

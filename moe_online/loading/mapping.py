@@ -11,7 +11,15 @@ A mapping goes from the names of stored tensors to what they are::
     }
 
 Each `*` on the right stands for what the `*` in the same place on the left matched. Axes describe the stored tensor:
-E expert, S gate or up, N output, K contraction. Leaves have them in the order E S N K. Experts whose activation is not
+E expert, S gate or up, N output, K contraction. Leaves have them in the order E S N K. Several in parentheses are one
+stored axis, the first of them the slowest, and 1 is an axis of one element::
+
+    "*.gate_up_proj": "E (S N) K -> *.experts.w13_weight",  # [E, 2I, H]: gate rows, then up rows
+    "*.experts.gate_up_proj": "E K (N S) -> *.experts.w13_weight",  # [E, H, 2I]: in turn, as GPT-OSS has them
+    "*.w1": "(E N) K -> *.experts.w13_weight.gate",  # [E * I, H]
+    "*.shared_expert_gate": "1 K -> *.experts.shared.gate_weight",  # [1, H]
+
+An E of size 1, that of shared experts, may be left out. Experts whose activation is not
 gated have one matrix where others have gate and up: its S may be left out, and it has no halves.
 """
 
@@ -19,15 +27,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from moe_online.errors import ConfigError, MissingWeights, UnexpectedWeights
+from moe_online.errors import ConfigError, MissingWeights, ShapeMismatch, UnexpectedWeights
 from moe_online.loading.messages import listed
-from moe_online.loading.source import StoredTensor
+from moe_online.loading.source import CheckpointSource, Index, StoredTensor
 from moe_online.loading.tree import HALVES, Leaf
 
 AXES = "ESNK"
+AXIS = re.compile(r"\([^()]*\)|[^\s()]")  # one stored axis in a rule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,7 @@ class Rule:
     pattern: str
     axes: str | None  # letters, in the order in which they are stored
     target: str | None  # None: the same name
+    groups: tuple[str, ...] = ()  # the letters of each stored axis
 
     @functools.cached_property
     def regex(self) -> re.Pattern[str]:
@@ -61,6 +73,20 @@ class Part:
     stored: StoredTensor
     axes: str | None  # as stored; None: those of the leaf
     half: int | None = None  # 0 gate, 1 up
+    groups: tuple[str, ...] | None = None  # letters of each axis in the file, where `stored` has them taken apart
+
+    def read(self, source: CheckpointSource, index: Index) -> Any:
+        """Its region `index`, of whose axes in the file only the first letter may be cut."""
+        if self.groups is None:
+            return source.read(self.stored.name, index)
+        of_letter = dict(zip(self.axes or "", index, strict=True))
+        sizes = dict(zip(self.axes or "", self.stored.shape, strict=True))
+        merged = []
+        for group in self.groups:
+            inner = math.prod(sizes[letter] for letter in group[1:])
+            first = of_letter[group[0]] if group else slice(0, 1)
+            merged.append(slice(first.start * inner, first.stop * inner))
+        return source.read(self.stored.name, tuple(merged)).reshape([s.stop - s.start for s in index])
 
 
 def parse_rule(pattern: str, text: str) -> Rule:
@@ -74,9 +100,12 @@ def parse_rule(pattern: str, text: str) -> Rule:
             f"mapping rule {pattern!r}: {text!r} must be a string: 'AXES', '-> TARGET' or 'AXES -> TARGET'"
         )
     axes_text, arrow, target = (part.strip() for part in text.partition("->"))
-    axes = axes_text.replace(" ", "")
-    if (arrow and not target) or not (axes or target):
+    groups = tuple(re.sub(r"[() 1]", "", token) for token in AXIS.findall(axes_text))
+    axes = "".join(groups)
+    if AXIS.sub("", axes_text).strip() or (arrow and not target) or not (axes or target):
         raise ConfigError(f"mapping rule {pattern!r}: {text!r} must be 'AXES', '-> TARGET' or 'AXES -> TARGET'")
+    if any("E" in group[1:] for group in groups):
+        raise ConfigError(f"mapping rule {pattern!r}: axes {axes_text!r} must have E first within its parentheses")
     if set(axes) - set(AXES) or len(set(axes)) != len(axes):
         raise ConfigError(
             f"mapping rule {pattern!r}: axes {axes_text!r} must be distinct letters of {' '.join(AXES)}: "
@@ -87,7 +116,7 @@ def parse_rule(pattern: str, text: str) -> Rule:
             f"mapping rule {pattern!r}: {target!r} has more * than the pattern, so some match nothing; "
             f"begin the pattern with '*.' where the name has a path before it"
         )
-    return Rule(pattern=pattern, axes=axes or None, target=target or None)
+    return Rule(pattern=pattern, axes=axes or None, target=target or None, groups=groups)
 
 
 def assign(
@@ -124,7 +153,8 @@ def assign(
             axes = None if rule is None else rule.axes
             if axes is not None and "S" not in axes and _is_single(by_name[owner]):
                 half = 0
-            found[owner].append(Part(stored=stored, axes=axes, half=half))
+            part = Part(stored=stored, axes=axes, half=half)
+            found[owner].append(part if rule is None else _taken_apart(part, by_name[owner], rule.groups, where))
     unused = [rule.pattern for rule in rules if rule not in used]
     if unused:
         raise ConfigError(f"mapping rules match no tensor of {where}: {', '.join(unused)}; {_some_names(tensors)}")
@@ -155,6 +185,36 @@ def _owner(target: str, leaves: Mapping[str, Leaf]) -> tuple[str | None, int | N
     if half in HALVES and base in leaves and "S" in (leaves[base].axes or "") and not _is_single(leaves[base]):
         return base, HALVES.index(half)
     return None, None
+
+
+def _taken_apart(part: Part, leaf: Leaf, groups: tuple[str, ...], where: str) -> Part:
+    """A part whose axes in the file are several of the leaf's, or of one element, with those of the leaf."""
+    letters = leaf.axes or "".join(letter for letter in AXES if part.axes and letter in part.axes)
+    sizes = dict(zip(letters, leaf.aval.shape, strict=False))
+    if part.axes is None or not set(part.axes) <= set(sizes):
+        return part
+    if "E" not in part.axes and sizes.get("E") == 1:
+        groups = ("E" + groups[0], *groups[1:])
+    if all(len(group) == 1 for group in groups):
+        return part
+    inner = [math.prod(sizes[letter] for letter in group[1:]) for group in groups]
+    needed = tuple(math.prod(sizes[letter] for letter in group) for group in groups)
+    stored = part.stored
+    if stored.shape != needed:
+        raise ShapeMismatch(
+            f"{where} has another shape than the model in {stored.name} {stored.shape} (axes "
+            f"{' '.join(group if len(group) == 1 else f'({group})' for group in groups)}), needed {needed}. Change the "
+            "config of the model, or the axes in mapping={...}.",
+            names=[stored.name],
+        )
+    chunks = {group[0]: -(-chunk // n) for group, chunk, n in zip(groups, stored.chunk, inner, strict=True) if group}
+    axes = "".join(groups)
+    stored = dataclasses.replace(
+        stored,
+        shape=tuple(sizes[letter] for letter in axes),
+        chunk=tuple(chunks.get(letter, sizes[letter]) for letter in axes),
+    )
+    return dataclasses.replace(part, stored=stored, axes=axes, groups=groups)
 
 
 def _is_single(leaf: Leaf) -> bool:

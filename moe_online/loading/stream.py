@@ -153,9 +153,7 @@ class _Reader:
         key = (unit.target.name, unit.block)
         if key != self._key:
             self._key, self._block = None, []  # the old block goes before the new one comes
-            self._block = [
-                self._source.read(part.stored.name, unit.target.index(part, *unit.block)) for part in unit.target.parts
-            ]
+            self._block = [part.read(self._source, unit.target.index(part, *unit.block)) for part in unit.target.parts]
             self._key = key
         block, (start, stop) = self._block, unit.block
         if unit.stop == stop:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.formats import Format, QuantizedArray
+from pallas_kernels.fused_moe.checks import check_experts, check_routing
 from pallas_kernels.fused_moe.gradient import Arrays, Static, run
-from pallas_kernels.grouped_matmul.operands import activation_format_for, check_float, check_operand, result_dtype
+from pallas_kernels.grouped_matmul.operands import activation_format_for, result_dtype
 from pallas_kernels.implementations import Implementation
 
 
@@ -69,20 +69,11 @@ def fused_moe(
     >>> fused_moe(x, w13, w2, jnp.ones((3, 1)), jnp.array([[0], [1], [-1]]), activation="relu2")[:, 0].tolist()
     [512.0, 512.0, 0.0]
     """
-    check_operand("w2", w2, "[E, H, I]", role="weight")
     activation = get_activation(activation)
-    check_operand("w13", w13, "[E, S, I, H]" if w13.ndim == 4 else "[E, S*I, H]", role="weight")
-    check_operand("x", x, "[T, H]", role="activation")
-    if isinstance(x, QuantizedArray):
-        raise TypeError("x must be a real array [T, H]; give activation_format to have it quantized")
-    shards = 2 if activation.gated else 1
-    _check_weights(x, w13, w2, activation)
-    e, i = w2.shape[0], w2.shape[2]
-    _check_bias("w13_bias", w13_bias, (w13.shape[:-1], (e, shards, i), (e, shards * i)))
-    _check_bias("w2_bias", w2_bias, (w2.shape[:2],))
-    _check_routing(x, topk_weights, topk_ids, expert_map)
-    if apply_router_weight_on_input and topk_ids.shape[1] != 1:
-        raise ValueError(f"apply_router_weight_on_input needs top_k 1, not {topk_ids.shape[1]}: {topk_ids.shape=}")
+    check_routing(x, topk_weights, topk_ids, expert_map, apply_router_weight_on_input)
+    if w2.ndim == 3 and x.shape[1] != w2.shape[1]:
+        raise ValueError(f"{x.shape=} must be [T, H] with the H={w2.shape[1]} of {w2.shape=}")
+    check_experts(x.shape[1], w13, w2, activation, w13_bias, w2_bias)
     static = Static(
         activation=activation,
         activation_format=activation_format_for(x, activation_format),
@@ -94,38 +85,3 @@ def fused_moe(
         return jnp.zeros(x.shape, dtype)
     arrays = Arrays(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map)
     return run(static, arrays).astype(dtype)
-
-
-def _check_weights(
-    x: jax.Array, w13: jax.Array | QuantizedArray, w2: jax.Array | QuantizedArray, activation: Activation
-) -> None:
-    num_experts, hidden, intermediate = w2.shape
-    shards = 2 if activation.gated else 1
-    wanted = (num_experts, shards, intermediate, hidden), (num_experts, shards * intermediate, hidden)
-    if w13.shape not in wanted:
-        axes = "[E, 2, I, H] or [E, 2I, H]" if activation.gated else "[E, 1, I, H] or [E, I, H]"
-        raise ValueError(
-            f"{w13.shape=} must be {wanted[0]} or {wanted[1]}, {axes}, for {w2.shape=} and {activation.name!r}"
-        )
-    if x.shape[1] != hidden:
-        raise ValueError(f"{x.shape=} must be [T, H] with the H={hidden} of {w2.shape=}")
-
-
-def _check_bias(name: str, bias: jax.Array | None, shapes: tuple[tuple[int, ...], ...]) -> None:
-    if bias is None:
-        return
-    check_float(name, bias)
-    if bias.shape not in shapes:
-        raise ValueError(
-            f"{name}.shape={bias.shape} must be {' or '.join(str(shape) for shape in dict.fromkeys(shapes))}"
-        )
-
-
-def _check_routing(x: jax.Array, weights: jax.Array, ids: jax.Array, expert_map: jax.Array | None) -> None:
-    check_float("topk_weights", weights)
-    if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype != jnp.int32:
-        raise ValueError(f"topk_ids must be int32 [T, top_k] with T={x.shape[0]}, not {ids.dtype} {ids.shape}")
-    if weights.shape != ids.shape:
-        raise ValueError(f"topk_weights.shape={weights.shape} must be topk_ids.shape={ids.shape}")
-    if expert_map is not None and (expert_map.ndim != 1 or expert_map.dtype != jnp.int32):
-        raise ValueError(f"expert_map must be int32 [global_E], not {expert_map.dtype} {expert_map.shape}")

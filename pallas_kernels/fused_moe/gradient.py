@@ -65,7 +65,6 @@ def _run(static: Static, arrays: Arrays) -> jax.Array:
         arrays.w13,
         arrays.w2,
         activation=static.activation,
-        activation_format=static.activation_format,
         w13_bias=arrays.w13_bias,
         w2_bias=arrays.w2_bias,
         implementation=static.implementation,

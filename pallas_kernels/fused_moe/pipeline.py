@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.bits import rounded
 from pallas_kernels.formats import Format, QuantizedArray, get_format
+from pallas_kernels.fused_moe.checks import check_experts, check_routing
 from pallas_kernels.fused_moe.rows import combine, take_rows, take_tokens
 from pallas_kernels.grouped_matmul.call import Call, dispatch
 from pallas_kernels.grouped_matmul.product import no_gradient
@@ -41,6 +42,8 @@ class Prepared:
     order: ExpertOrder
     weights: Leaf  # f32 [T, top_k], of the outputs
     dtype: np.dtype[Any] = dataclasses.field(metadata={"static": True})  # of the tokens
+    # What the rows were quantized to, and the experts' hidden values are.
+    activation_format: Format | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def prepare(
@@ -60,20 +63,24 @@ def prepare(
       topk_weights: `[T, top_k]`.
       topk_ids: int32 `[T, top_k]`; an id outside of `[0, num_experts)` has no expert.
       num_experts: E, experts here.
-      activation_format: Quantizes the rows; then they have no gradient.
+      activation_format: Quantizes the rows, and later the hidden values. The steps have no gradient then; that of
+        `fused_moe` passes straight through.
       expert_map: int32 `[global_E]`, the place here of each global id, or -1; `topk_ids` are global ids then.
       apply_router_weight_on_input: Multiplies `x` (rounded to its dtype) here, and nothing at the end; top_k must be 1.
 
     Raises:
-      ValueError: an unknown format.
+      TypeError: a dtype that is none of those above.
+      ValueError: shapes that do not fit, an unknown format, router weights on the input with top_k > 1.
     """
+    check_routing(x, topk_weights, topk_ids, expert_map, apply_router_weight_on_input)
     fmt = None if activation_format is None else get_format(activation_format, role="activation")
     order = sort_by_expert(topk_ids, num_experts, expert_map=expert_map)
     weights = topk_weights.astype(jnp.float32)
     if apply_router_weight_on_input:
         x = rounded(x.astype(jnp.float32) * weights, x.dtype)
         weights = jnp.ones_like(weights)
-    return Prepared(rows=_gather(x, order, fmt), order=order, weights=weights, dtype=np.dtype(x.dtype))
+    rows = _gather(x, order, fmt)
+    return Prepared(rows=rows, order=order, weights=weights, dtype=np.dtype(x.dtype), activation_format=fmt)
 
 
 def prepare_all(x: Float[Array, "T H"], activation_format: Format | None) -> Prepared:
@@ -89,7 +96,8 @@ def prepare_all(x: Float[Array, "T H"], activation_format: Format | None) -> Pre
     )
     rows = x if activation_format is None else quantize(no_gradient(x), activation_format)
     weights = jnp.ones((x.shape[0], 1), jnp.float32)
-    return Prepared(rows=rows, order=order, weights=weights, dtype=np.dtype(x.dtype))
+    dtype = np.dtype(x.dtype)
+    return Prepared(rows=rows, order=order, weights=weights, dtype=dtype, activation_format=activation_format)
 
 
 def run_experts(
@@ -98,7 +106,6 @@ def run_experts(
     w2: Float[Array, "E H I"] | QuantizedArray,
     *,
     activation: Activation | str = "silu",
-    activation_format: Format | str | None = None,
     w13_bias: jax.Array | None = None,
     w2_bias: jax.Array | None = None,
     implementation: Implementation | None = None,
@@ -106,11 +113,16 @@ def run_experts(
     """The output of each row's expert, f32 `[T * top_k, H]`; zero in rows of none. Arguments as of `fused_moe`.
 
     Raises:
-      ValueError: an unknown format or activation.
+      TypeError: a dtype that does not serve.
+      ValueError: shapes that do not fit, other experts than the rows were sorted for, an unknown activation.
       UnsupportedError: the named implementation cannot serve.
     """
-    fmt = None if activation_format is None else get_format(activation_format, role="activation")
-    first = first_call(prepared, w13, w13_bias, get_activation(activation), fmt)
+    activation = get_activation(activation)
+    check_experts(prepared.rows.shape[1], w13, w2, activation, w13_bias, w2_bias)
+    num_experts = prepared.order.group_sizes.shape[0]
+    if w2.shape[0] != num_experts:
+        raise ValueError(f"{w2.shape=} has {w2.shape[0]} experts, and the rows were prepared for {num_experts}")
+    first = first_call(prepared, w13, w13_bias, activation, prepared.activation_format)
     return second_matmul(dispatch(first, implementation), prepared.order, w2, w2_bias, implementation)
 
 
@@ -123,7 +135,12 @@ def finalize(
       outputs: `[T * top_k, H]`, in the order of `prepared.rows`.
       prepared: Says which row is whose.
       dtype: Of the result. Default: that of the tokens.
+
+    Raises:
+      ValueError: outputs of more or fewer rows.
     """
+    if outputs.ndim != 2 or outputs.shape[0] != prepared.rows.shape[0]:
+        raise ValueError(f"{outputs.shape=} must be [T * top_k, H] with the {prepared.rows.shape[0]} rows prepared")
     total = combine(outputs, prepared.weights, prepared.order)
     return total.astype(prepared.dtype if dtype is None else dtype)
 

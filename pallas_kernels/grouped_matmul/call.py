@@ -13,7 +13,7 @@ import numpy as np
 from pallas_kernels.activations import Activation
 from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.grouped_matmul import gradient, reference
-from pallas_kernels.grouped_matmul.product import no_gradient
+from pallas_kernels.grouped_matmul.product import no_gradient, no_second_gradient
 from pallas_kernels.implementations import Implementation, Kernel, choose
 from pallas_kernels.routing import GroupMetadata
 
@@ -94,6 +94,7 @@ def _forward(served: Served, call: Call) -> tuple[jax.Array, Call]:
 
 def _backward(served: Served, call: Call, by_out: jax.Array) -> tuple[Call]:
     _, implementation = served
+    call, by_out = jax.tree.map(no_second_gradient, (call, by_out))
     lhs, rhs, bias = call.lhs, call.rhs, call.bias
     assert isinstance(lhs, jax.Array)
     groups: dict[str, Any] = {"metadata": call.metadata, "group_offset": call.group_offset}

@@ -120,6 +120,17 @@ def _scaled(part: jax.Array, lhs: Operand, rhs: Operand, start: jax.Array | int)
 
 
 @jax.custom_jvp
+def no_second_gradient(x: jax.Array) -> jax.Array:
+    """`x`, of a gradient; differentiating it is an error rather than a silent zero."""
+    return x
+
+
+@no_second_gradient.defjvp
+def _no_second_gradient_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    raise UnsupportedError("grouped_matmul has no second derivative; differentiate it once")
+
+
+@jax.custom_jvp
 def no_gradient(x: jax.Array) -> jax.Array:
     """`x`; differentiating it is an error rather than a silent zero."""
     return x

@@ -119,8 +119,8 @@ def visit_groups(
       out_dtype: Of the result.
     """
     num_rows = rows.values.shape[-2]
-    if num_rows == 0:
-        return jnp.zeros((0, n_out), out_dtype)
+    if num_rows == 0 or num_experts == 0:
+        return jnp.zeros((num_rows, n_out), out_dtype)
     tiles = tile_sizes(num_rows, num_experts)
 
     def one_group(i: jax.Array, out: jax.Array) -> jax.Array:

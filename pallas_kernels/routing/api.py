@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
 from pallas_kernels.routing import reference
+from pallas_kernels.routing.checks import check_factor, check_logits, check_vector
 from pallas_kernels.routing.grouped import check_groups
 
 
@@ -69,6 +69,7 @@ def route(
     [[1, 0]]
     """
     check_logits(router_logits, top_k)
+    check_factor(routed_scaling_factor)
     num_tokens, num_experts = router_logits.shape
     if scoring not in reference.SCORING:
         raise ValueError(f"unknown {scoring=}; valid names: {', '.join(sorted(reference.SCORING))}")
@@ -86,22 +87,3 @@ def route(
         routed_scaling_factor=routed_scaling_factor,
         token_mask=token_mask,
     )
-
-
-def check_logits(router_logits: jax.Array, top_k: int) -> None:
-    """Raises what `route` says of logits and of `top_k`."""
-    if router_logits.ndim != 2:
-        raise ValueError(f"{router_logits.shape=} must be [T, E]; flatten the batch axes into T")
-    if not jnp.issubdtype(router_logits.dtype, jnp.floating):
-        raise TypeError(f"{router_logits.dtype=} must be a floating dtype")
-    num_experts = router_logits.shape[1]
-    if not 1 <= top_k <= num_experts:
-        raise ValueError(f"{top_k=} must be between 1 and the {num_experts} experts of {router_logits.shape=}")
-
-
-def check_vector(name: str, vector: jax.Array, length: int, dtype: type) -> None:
-    """Raises unless `vector` is `[length]`, of a dtype below `dtype`."""
-    if vector.shape != (length,):
-        raise ValueError(f"{name} of shape {vector.shape} must have shape ({length},), like its axis of the logits")
-    if not jnp.issubdtype(vector.dtype, dtype):
-        raise TypeError(f"{name} of dtype {vector.dtype} must be {dtype.__name__}")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.routing.api import check_logits
+from pallas_kernels.routing.checks import check_logits
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from pallas_kernels.routing.api import check_logits
+from pallas_kernels.routing.checks import check_logits
 
 Routed = tuple[jax.Array, jax.Array]  # weights f32 [T, top_k], ids int32 [T, top_k]
 

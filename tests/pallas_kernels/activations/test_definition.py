@@ -72,6 +72,10 @@ def test_rows_hold_gate_and_then_up():
     assert np.array_equal(Activation("silu").of_rows(rows), Activation("silu")(jnp.asarray(gate), jnp.asarray(up)))
     with pytest.raises(ValueError, match="'silu' takes gate and up"):
         Activation("silu")(rows)
+    with pytest.raises(ValueError, match="must be the same"):  # not one row for all
+        Activation("silu")(rows, rows[:1])
+    with pytest.raises(ValueError, match="even width for 'silu'"):
+        Activation("silu").of_rows(rows[:, 1:])
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((3, 8, 5), -2), ((3, 8), -1), ((8, 2), 0)])
@@ -112,8 +116,12 @@ def test_errors():
         get_activation("swigluoai_uninterleave")
     with pytest.raises(ValueError, match="'situ' needs beta"):
         get_activation("situ")
-    for bad in ({"name": "silu", "limit": 0.0}, {"name": "situ", "beta": -1.0}):
-        with pytest.raises(ValueError, match="must be above 0"):
+    for bad in (
+        {"name": "silu", "limit": 0.0},
+        {"name": "situ", "beta": -1.0},
+        {"name": "silu", "limit": float("nan")},
+    ):
+        with pytest.raises(ValueError, match="must be a finite number above 0"):
             Activation(**bad)
     with pytest.raises(ValueError, match="'relu2_no_mul' takes no parameters"):
         Activation("relu2_no_mul", beta=1.0)

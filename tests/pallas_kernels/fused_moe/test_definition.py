@@ -176,6 +176,38 @@ def test_activations_and_biases(name):
             assert_close(call(*bad), expected, **TOLERANCE)
 
 
+def test_roundings_are_those_of_the_definition_on_every_backend():
+    """XLA:GPU drops a cast to bf16 that is followed by one to f32; not these."""
+    x, w13, w2, weights, ids = problem(t=9)
+    text = jax.jit(functools.partial(fused_moe, activation_format="int8_per_token")).lower(x, w13, w2, weights, ids)
+    assert text.as_text().count("reduce_precision") >= 2  # of the sums and of the hidden values, for each size of tile
+
+
+FORMATS = [
+    "fp8_per_tensor",
+    "fp8_per_channel",
+    "fp8_per_block",
+    "int8_per_channel",
+    "int4_per_group_32",
+    "mxfp8",
+    "mxfp4",
+]
+
+
+@pytest.mark.parametrize("weight", ["nvfp4", *(pytest.param(name, marks=pytest.mark.slow) for name in FORMATS)])
+def test_biases_with_every_weight_format(weight):
+    x, w13, w2, weights, ids = problem(t=9)
+    rng = np.random.default_rng(7)
+    b13, b2 = (
+        jnp.asarray(rng.normal(0, size, shape), jnp.float32) for size, shape in ((3, (5, 2, 192)), (20, (5, 192)))
+    )
+    expected = expect(x, w13, w2, weights, ids, weight, b13=np.asarray(b13), b2=np.asarray(b2))
+    packs = packed(w13, weight), packed(w2, weight)
+    assert_close(run(x, *packs, weights, ids, w13_bias=b13, w2_bias=b2), expected, **TOLERANCE)
+    with pytest.raises(AssertionError):
+        assert_close(run(x, *packs, weights, ids, w13_bias=b13), expected, **TOLERANCE)
+
+
 @pytest.mark.parametrize("activation", [None, "fp8_per_group"])
 def test_router_weight_on_input(activation):
     x, w13, w2, weights, ids = problem(k=1)

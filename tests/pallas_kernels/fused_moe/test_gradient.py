@@ -9,7 +9,7 @@ import pytest
 
 import definition
 from by_name import by_name
-from pallas_kernels import Activation, fused_ffn, fused_moe, quantize, route
+from pallas_kernels import Activation, UnsupportedError, fused_ffn, fused_moe, quantize, route
 from tolerance import assert_close
 
 T, E, H, INNER = 23, 5, 64, 96
@@ -230,3 +230,30 @@ def test_no_tokens():
     none = {name: a[:0] if name in ("x", "weights") else a for name, a in arrays.items()}
     for found in jax.grad(ours)(none, ids[:0], cotangent[:0]).values():
         assert not np.asarray(found).any()
+
+
+@pytest.mark.parametrize("activation", [None, "int8_per_token"])
+def test_a_second_derivative_is_an_error_not_zero(activation):
+    arrays, ids, cotangent = problem()
+
+    def gradient(x):
+        return jax.grad(lambda x: ours({**arrays, "x": x}, ids, cotangent, activation_format=activation))(x)
+
+    with pytest.raises(UnsupportedError, match="no second derivative"):
+        jax.grad(lambda x: jnp.sum(gradient(x)))(arrays["x"])
+
+
+def test_padding_has_no_say_in_gradients():
+    """Neither in a scale of all tokens nor, where it is no number, in those of weights."""
+    arrays, ids, cotangent = problem()
+    ids = ids.at[18:].set(-1)
+    formats = {"activation_format": "fp8_per_tensor_dynamic"}
+
+    def gradients(padding):
+        given = {**arrays, "x": arrays["x"].at[18:].set(padding)}
+        return jax.jit(jax.grad(functools.partial(ours, **formats)))(given, ids, cotangent)
+
+    clean = gradients(0.0)
+    for padding in (1e4, np.nan):
+        for name, found in gradients(padding).items():
+            assert np.array_equal(found, clean[name]), name

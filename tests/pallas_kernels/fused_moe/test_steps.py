@@ -1,6 +1,5 @@
 """The layer's three steps by themselves: what lies between them is what parallel code would move."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 import definition
-from pallas_kernels import finalize, fused_moe, prepare, quantize, run_experts
+from pallas_kernels import finalize, fused_moe, grouped_matmul, prepare, quantize, run_experts
 from tolerance import assert_close, assert_same_bits
 
 T, E, K, H, INNER = 21, 6, 2, 64, 32
@@ -26,7 +25,7 @@ def problem(k=K):
 
 def in_steps(x, w13, w2, weights, ids, *, on_input=False, **formats):
     prepared = prepare(x, weights, ids, w2.shape[0], apply_router_weight_on_input=on_input, **formats)
-    return finalize(run_experts(prepared, w13, w2, **formats), prepared)
+    return finalize(run_experts(prepared, w13, w2), prepared)
 
 
 @pytest.mark.parametrize("on_input", [False, True])
@@ -64,16 +63,41 @@ def test_experts_of_two_devices():
 
 
 def test_rows_may_travel():
-    """Rows sent away and back, one by one, in another order."""
+    """Each expert computes its rows elsewhere, alone; they come back in any order and are put into their places."""
     x, w13, w2, weights, ids = problem()
     prepared = prepare(x, weights, ids, E)
-    outputs = run_experts(prepared, w13, w2)
-    order = np.random.default_rng(1).permutation(T * K)
-    back = jnp.zeros_like(outputs).at[order].set(outputs[order])
-    assert_same_bits(finalize(back, prepared), fused_moe(x, w13, w2, weights, ids))
-    other = dataclasses.replace(prepared, weights=jnp.roll(prepared.weights, 1, axis=0))
+    starts, sizes = np.asarray(prepared.order.metadata.group_starts), np.asarray(prepared.order.group_sizes)
+    back = jnp.full((T * K, H), jnp.nan)
+    for expert in (3, 0, 5, 1, 4, 2):
+        rows = prepared.rows[starts[expert] : starts[expert] + sizes[expert]]
+        alone = grouped_matmul(rows, w13[expert].reshape(1, -1, H), jnp.array([len(rows)], jnp.int32), epilogue="silu")
+        out = grouped_matmul(alone, w2[expert][None], jnp.array([len(rows)], jnp.int32), out_dtype=jnp.float32)
+        back = back.at[starts[expert] : starts[expert] + sizes[expert]].set(out)
+    back = back.at[sizes.sum() :].set(0)
+    whole = fused_moe(x, w13, w2, weights, ids)
+    assert_close(finalize(back, prepared), whole, batch=1e-3, worst_row=4e-3)
     with pytest.raises(AssertionError):
-        assert_close(finalize(outputs, other), finalize(outputs, prepared), batch=0.1, worst_row=0.1)
+        assert_close(finalize(jnp.roll(back, 1, axis=0), prepared), whole, batch=0.1, worst_row=0.1)
+
+
+def test_steps_that_do_not_fit():
+    x, w13, w2, weights, ids = problem()
+    prepared = prepare(x, weights, ids, E)
+    with pytest.raises(ValueError, match="has 2 experts, and the rows were prepared for 6"):
+        run_experts(prepared, w13[:2], w2[:2])
+    with pytest.raises(ValueError, match="'relu2_no_mul'"):
+        run_experts(prepared, w13, w2, activation="relu2_no_mul")
+    with pytest.raises(ValueError, match="the 42 rows prepared"):
+        finalize(jnp.zeros((5, H)), prepared)
+    with pytest.raises(ValueError, match="needs top_k 1, not 2"):
+        prepare(x, weights, ids, E, apply_router_weight_on_input=True)
+    with pytest.raises(ValueError, match="int32"):
+        prepare(x, weights, ids.astype(jnp.uint8), E)
+
+
+def test_a_device_without_experts():
+    x, w13, w2, weights, ids = problem()
+    assert not np.asarray(fused_moe(x, w13[:0], w2[:0], weights, ids)).any()
 
 
 def test_pairs_are_sorted_once():
