@@ -113,9 +113,9 @@ class OnlineMoEMethodBase(abc.ABC):
           ValueError: `shared_experts_input` where `weights` has no shared experts, or of other tokens than `x`; biases
             or shared experts that the config has and `weights` lacks; and what `fused_moe` raises.
         """
-        _check_promises(self.moe, weights)
         if shared_experts_input is not None and weights.shared is None:
             raise ValueError("shared_experts_input is given, but the weights have no shared experts; drop it")
+        _check_promises(self.moe, weights)
         y = fused_moe(
             x,
             weights.w13_weight,

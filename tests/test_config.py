@@ -123,7 +123,7 @@ def test_moe_config_survives_json(activation, options):
         ({"num_expert_group": 2, "topk_group": 3}, "num_expert_group=2, topk_group=3: must be at least 1, and"),
         ({"num_expert_group": 2, "topk_group": 0}, "num_expert_group=2, topk_group=0: must be at least 1, and"),
         ({"num_expert_group": 2, "topk_group": 1, "top_k": 3}, "hold 2 of the 4 experts, fewer than top_k=3; raise"),
-        ({"shared_intermediate_size": -1}, "shared_intermediate_size=-1 must be at least 0"),
+        ({"shared_intermediate_size": -1}, "shared_intermediate_size=-1 must be a whole number, at least 0"),
         ({"shared_expert_gate": True}, "shared_expert_gate=True needs shared experts: give shared_intermediate_size"),
     ],
 )

@@ -62,6 +62,7 @@ def test_experts_of_two_devices():
     assert_close(total, expected, batch=4e-3, worst_row=1.2e-2)
 
 
+@pytest.mark.slow
 def test_rows_may_travel():
     """Each expert computes its rows elsewhere, alone; they come back in any order and are put into their places."""
     x, w13, w2, weights, ids = problem()
