@@ -132,6 +132,7 @@ def test_bits_and_places(request):
         assert resident <= peak <= planned
 
 
+@pytest.mark.slow
 def test_dense_kernels_are_transposed_with_their_shardings(request):
     assert run(KERNELS, request) == 16
 

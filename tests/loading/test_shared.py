@@ -339,6 +339,7 @@ except ConfigError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_devices(request):
     """Each holds all shared experts, half of their I, with the bits of one device."""
     paths = [str(request.config.rootpath / "tests" / folder) for folder in ("support", "loading")]

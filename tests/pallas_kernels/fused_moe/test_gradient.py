@@ -173,6 +173,7 @@ def test_through_quantized_weights_and_activations(weight, activation):
             assert_close(found[0], plain, batch=5e-3, worst_row=3e-2)
 
 
+@pytest.mark.slow
 def test_in_bf16():
     arrays, ids, cotangent = problem(dtype=jnp.bfloat16)
     wanted = jax.jit(jax.grad(ours))({name: a.astype(jnp.float32) for name, a in arrays.items()}, ids, cotangent)
@@ -214,6 +215,7 @@ def test_of_the_dense_layer(activation):
         assert_close(actual, right, **({"batch": 5e-3, "worst_row": 3e-2} if activation else EXACT))
 
 
+@pytest.mark.slow
 def test_under_scan_and_remat():
     arrays, ids, cotangent = problem()
 
