@@ -163,7 +163,6 @@ ROUTING = {
 }
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("options", ROUTING.values(), ids=ROUTING)
 def test_what_the_config_says_of_routing_reaches_the_router(options):
     moe, logits, bias = dataclasses.replace(MOE, **MANY, **options), even(T, 16, seed=7), even(16, seed=8)

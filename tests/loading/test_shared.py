@@ -283,7 +283,6 @@ MODULE = MoEConfig(
 )
 
 
-@pytest.mark.smoke
 def test_a_module_of_nnx(tmp_path):
     model = MoE(MODULE, rngs=nnx.Rngs(0))
     ocp.save(tmp_path / "checkpoint", nnx.to_pure_dict(nnx.state(model)))

@@ -54,8 +54,9 @@ def gradients(x, w, bias, cotangent, **options):
     return jax.jit(jax.grad(total, (0, 1, 2)))(x, w, bias)
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("activation", [None, "int8_per_token", "fp8_per_tensor_dynamic"])
+@pytest.mark.parametrize(
+    "activation", [pytest.param(None, marks=pytest.mark.smoke), "int8_per_token", "fp8_per_tensor_dynamic"]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, EXACT), (jnp.bfloat16, ROUNDED)], ids=["f32", "bf16"])
 def test_of_everything_real(dtype, tolerance, activation):
     x, w, bias, cotangent = problem(dtype)
