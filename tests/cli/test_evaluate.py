@@ -96,6 +96,7 @@ def test_all_schemes(fits_all, monkeypatch, tmp_path, capsys):
     assert rows["int8_w8a16"]["stored_bytes"] < rows[LONG]["stored_bytes"]
 
 
+@pytest.mark.slow
 def test_shipped_model(tmp_path, capsys):
     """The numbers are those of `moe_online.evaluate`; the text is the shipped one unless another is named."""
     names = "int4_w4a16, bf16,int8_w8a16 ,int8_w8a16"  # bf16 comes first, and each once

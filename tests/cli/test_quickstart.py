@@ -18,6 +18,7 @@ FIELDS = {"scheme", "weight", "activation", "stored_bytes", "peak_bytes", "bits_
 COMMAND = "import sys; from moe_online.cli import main; sys.exit(main())"
 
 
+@pytest.mark.slow  # .ci/run runs README's command itself
 def test_what_a_newcomer_sees(tmp_path):
     """One test, because one run takes a minute, and parallel workers share no fixtures."""
     run = subprocess.run(
