@@ -75,9 +75,14 @@ def test_gradients_through_quantized_weights(activation):
     run = jax.jit(jax.grad(lambda x, logits: ours(x, q13, q2, logits, cotangent, activation_format=activation), (0, 1)))
     codes = [q.dequantize(jnp.float32) for q in (q13, q2)]
     wanted = jax.jit(jax.grad(lambda x, logits: dense(x, *codes, logits, cotangent), (0, 1)))(x, logits)
-    for actual, right in zip(run(x, logits), wanted, strict=True):
-        limit = {"batch": 0.06, "worst_row": 0.25} if activation else TOLERANCE  # what rounding to fp8 costs
+    found = run(x, logits)
+    limit = {"batch": 0.06, "worst_row": 0.25} if activation else TOLERANCE  # what rounding to fp8 costs
+    for actual, right in zip(found, wanted, strict=True):
         by_row(actual, right, **limit)
+    rotated = [jnp.roll(code, 1, axis=0) for code in codes]
+    wrong = jax.jit(jax.grad(lambda x: dense(x, *rotated, logits, cotangent)))(x)
+    with pytest.raises(AssertionError):
+        by_row(found[0], wrong, **limit)
 
 
 def test_the_same_bits_from_run_to_run():
