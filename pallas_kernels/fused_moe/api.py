@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -10,7 +9,7 @@ from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.fused_moe.checks import check_experts, check_routing
 from pallas_kernels.fused_moe.gradient import Arrays, Static, run
-from pallas_kernels.grouped_matmul.operands import activation_format_for, result_dtype
+from pallas_kernels.grouped_matmul.operands import activation_format_for
 from pallas_kernels.implementations import Implementation
 
 
@@ -80,8 +79,4 @@ def fused_moe(
         apply_router_weight_on_input=apply_router_weight_on_input,
         implementation=implementation,
     )
-    dtype = result_dtype(x, out_dtype)
-    if topk_ids.size == 0:
-        return jnp.zeros(x.shape, dtype)
-    arrays = Arrays(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map)
-    return run(static, arrays).astype(dtype)
+    return run(static, Arrays(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map), out_dtype)

@@ -10,13 +10,18 @@ from pallas_kernels.formats import QuantizedArray
 from pallas_kernels.grouped_matmul.operands import check_float, check_operand
 
 
+def check_tokens(x: jax.Array) -> None:
+    """Raises TypeError or ValueError unless `x` is real and `[T, H]`."""
+    check_operand("x", x, "[T, H]", role="activation")
+    if isinstance(x, QuantizedArray):
+        raise TypeError("x must be a real array [T, H]; give activation_format to have it quantized")
+
+
 def check_routing(
     x: jax.Array, weights: jax.Array, ids: jax.Array, expert_map: jax.Array | None, on_input: bool
 ) -> None:
     """Raises TypeError or ValueError unless tokens, their experts and the weights of these fit together."""
-    check_operand("x", x, "[T, H]", role="activation")
-    if isinstance(x, QuantizedArray):
-        raise TypeError("x must be a real array [T, H]; give activation_format to have it quantized")
+    check_tokens(x)
     check_float("topk_weights", weights)
     if ids.ndim != 2 or ids.shape[0] != x.shape[0] or ids.dtype != jnp.int32:
         raise ValueError(f"topk_ids must be int32 [T, top_k] with T={x.shape[0]}, not {ids.dtype} {ids.shape}")

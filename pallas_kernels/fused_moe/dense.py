@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.formats import Format, QuantizedArray
+from pallas_kernels.fused_moe.checks import check_experts, check_tokens
 from pallas_kernels.fused_moe.gradient import Arrays, Static, run
-from pallas_kernels.grouped_matmul.operands import activation_format_for, check_operand, result_dtype
+from pallas_kernels.grouped_matmul.operands import activation_format_for
 from pallas_kernels.implementations import Implementation
 
 
@@ -47,22 +47,13 @@ def fused_ffn(
     [512.0, 512.0]
     """
     activation = get_activation(activation)
-    check_operand("x", x, "[T, K]", role="activation")
-    check_operand("w13", w13, "[1, S, I, K]", role="weight")
-    check_operand("w2", w2, "[1, H, I]", role="weight")
-    if isinstance(x, QuantizedArray):
-        raise TypeError("x must be a real array [T, K]; give activation_format to have it quantized")
-    wanted = (1, 2 if activation.gated else 1, w2.shape[2], x.shape[1])
-    if w13.shape != wanted or w2.shape[0] != 1:
-        raise ValueError(f"{w13.shape=} must be [1, S, I, K] = {wanted} and {w2.shape=} [1, H, I], for {x.shape=}")
+    check_tokens(x)
+    check_experts(x.shape[1], w13, w2, activation, None, None)
+    if w2.shape[0] != 1:
+        raise ValueError(f"{w2.shape=} must be [1, H, I]: one expert for all tokens")
     static = Static(
         activation=activation,
         activation_format=activation_format_for(x, activation_format),
-        apply_router_weight_on_input=False,
         implementation=implementation,
     )
-    dtype = result_dtype(x, out_dtype)
-    if x.shape[0] == 0:
-        return jnp.zeros((0, w2.shape[1]), dtype)
-    arrays = Arrays(x=x, w13=w13, w2=w2)
-    return run(static, arrays).astype(dtype)
+    return run(static, Arrays(x, w13, w2), out_dtype)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.formats import Format, QuantizedArray
@@ -21,6 +22,7 @@ from pallas_kernels.fused_moe.pipeline import (
     second_matmul,
 )
 from pallas_kernels.grouped_matmul.call import dispatch
+from pallas_kernels.grouped_matmul.operands import result_dtype
 from pallas_kernels.grouped_matmul.product import no_gradient
 from pallas_kernels.grouped_matmul.reference import zero_rows_of_none
 from pallas_kernels.implementations import Implementation
@@ -32,8 +34,8 @@ class Static(NamedTuple):
 
     activation: Activation
     activation_format: Format | None
-    apply_router_weight_on_input: bool
     implementation: Implementation | None
+    apply_router_weight_on_input: bool = False
 
 
 class Arrays(NamedTuple):
@@ -49,13 +51,16 @@ class Arrays(NamedTuple):
     expert_map: jax.Array | None = None
 
 
-def run(static: Static, arrays: Arrays) -> jax.Array:
-    """The layer in f32; differentiable by all that is real."""
+def run(static: Static, arrays: Arrays, out_dtype: DTypeLike | None) -> jax.Array:
+    """The layer, rounded once; differentiable by all that is real."""
+    dtype = result_dtype(arrays.x, out_dtype)
     arrays = jax.tree.map(jnp.asarray, arrays)
+    if 0 in (arrays.x.shape[0], 1 if arrays.topk_ids is None else arrays.topk_ids.size):
+        return jnp.zeros((arrays.x.shape[0], arrays.w2.shape[1]), dtype)
     if static.activation_format is None:
-        return _run(static, arrays)
+        return _run(static, arrays).astype(dtype)
     w13, w2 = (jax.tree.map(no_gradient, w) if isinstance(w, QuantizedArray) else w for w in (arrays.w13, arrays.w2))
-    return _run_quantized(static, arrays._replace(w13=w13, w2=w2))
+    return _run_quantized(static, arrays._replace(w13=w13, w2=w2)).astype(dtype)
 
 
 def _run(static: Static, arrays: Arrays) -> jax.Array:
