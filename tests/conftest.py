@@ -24,6 +24,13 @@ def pytest_configure(config):
         os.environ.setdefault("NPROC", "32")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_go_with_their_tests():
+    """A process may have 65,530 maps of memory on Linux: programs of a thousand tests take all of them."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(config, items):
     if not _times(config):
         skip = pytest.mark.skip(reason="measures time, and XLA has 32 threads here: pytest -m timing")

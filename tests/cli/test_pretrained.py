@@ -87,6 +87,7 @@ def test_plan_is_what_load_then_does(lm):
     assert plan.read_bytes == lm.report.read_bytes
 
 
+@pytest.mark.slow
 def test_generate_hands_everything_on(lm, tokens):
     seen = []
     arguments = {"max_new_tokens": 5, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "seed": 3}

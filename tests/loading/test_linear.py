@@ -20,6 +20,7 @@ from moe_online.loading.quantizer import PartLayout, temporary_bytes
 from moe_online.quant_config import matches
 from moe_online.schemes import SHORTHANDS, QuantSpec
 from numpy_quantizer import WEIGHTS, dequantize_numpy, quantize_numpy
+from quick import few
 from sources import BF16, nothing_left_on_the_device, quiet_load, random, swapped
 from tolerance import assert_same_bits
 
@@ -71,7 +72,7 @@ def check_kernel(found, stored, weight):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)], ids=str)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", few(WEIGHTS))
 def test_bits_are_those_of_numpy(weight, dtype):
     n, k = whole_blocks(weight, (200, 300))
     stored = random(k, n, dtype=dtype)
@@ -83,7 +84,7 @@ def test_bits_are_those_of_numpy(weight, dtype):
 
 
 @pytest.mark.parametrize("shape", [(257, 130), (1, 1), (129, 5)], ids=str)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", few(WEIGHTS))
 def test_chunks_of_rows(monkeypatch, weight, shape):
     """Several chunks along N, the last one ragged, have the bits of one: also of a scale that spans the matrix."""
     monkeypatch.setattr(quantizer, "CHUNK_ELEMENTS", 2**10)
@@ -368,7 +369,7 @@ class Tower(nnx.Module):
         self.layers = nnx.List(Linear(*sizes, **options) for _ in range(3) for sizes in ((512, 4096), (256, 4096)))
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 2])
+@pytest.mark.parametrize("prefetch", few([0, 1, 2], (0, 1)))
 @pytest.mark.parametrize("scheme", ["fp8_per_block", "fp8_per_tensor", "nvfp4_w4a16", "int8_w8a16", None])
 def test_measured_peak_is_within_the_plan(monkeypatch, scheme, prefetch):
     monkeypatch.setattr(quantizer, "CHUNK_ELEMENTS", 2**13)  # so that temporaries hide nothing
@@ -386,7 +387,7 @@ def test_measured_peak_is_within_the_plan(monkeypatch, scheme, prefetch):
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["N K", "K N"])
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", few(WEIGHTS))
 def test_temporaries_of_a_step(monkeypatch, weight, order):
     """What XLA reserves for a compiled step is within what the plan counts."""
     monkeypatch.setattr(quantizer, "CHUNK_ELEMENTS", 2**16)

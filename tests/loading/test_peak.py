@@ -13,6 +13,7 @@ from moe_online.loading.quantizer import PartLayout, temporary_bytes
 from moe_online.schemes import QuantSpec
 from numpy_quantizer import WEIGHTS
 from pallas_kernels import QuantizedArray
+from quick import few
 from sources import BF16, KEN_MAPPING, WatchedSource, as_ken, declared, nothing_left_on_the_device, quiet_load
 
 LAYERS, E, H, INNER = 6, 8, 512, 512  # 12.6 MB a layer
@@ -141,7 +142,7 @@ CASES = [  # leaf, E K N halves
 ]
 
 
-@pytest.mark.parametrize("weight", [*WEIGHTS, None])
+@pytest.mark.parametrize("weight", few([*WEIGHTS, None]))
 @pytest.mark.parametrize(("shape", "apart"), CASES, ids=str)
 def test_temporaries_of_a_step(shape, apart, weight):
     """What XLA reserves for a compiled step is within what the plan counts."""

@@ -19,6 +19,7 @@ from moe_online.loading import open_source, quantizer
 from moe_online.schemes import SHORTHANDS, QuantSpec
 from numpy_quantizer import WEIGHTS, quantize_numpy
 from pallas_kernels import QuantizedArray
+from quick import few
 from sources import (
     BF16,
     KEN_MAPPING,
@@ -41,7 +42,7 @@ def only(weight):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)], ids=str)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", few(WEIGHTS, (*WEIGHTS[:4], "int4_per_group", "mxfp4", "nvfp4")))
 def test_bits_are_those_of_numpy(weight, dtype):
     tree = ours(*sizes_for(weight), dtype=dtype)
     params, report = quiet_load(declared(tree, dtype=BF16), tree, quantization=only(weight))
@@ -84,7 +85,7 @@ def test_stored_axes_and_halves(weight, order):
         check_quantized(params, tree, weight)
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", few(WEIGHTS))
 def test_gate_and_up_in_one_stored_axis_order(weight):
     tree = ours(*sizes_for(weight))
     source = {"w": np.ascontiguousarray(np.transpose(tree["l0"]["w13_weight"], (1, 0, 3, 2)))}
@@ -94,7 +95,7 @@ def test_gate_and_up_in_one_stored_axis_order(weight):
     assert_same_parts(params["w13"], quantize_numpy(tree["l0"]["w13_weight"], weight, shared_axes=(1,)))
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", few(WEIGHTS))
 def test_plain_leaf_with_stated_axes(weight):
     _, k, _ = sizes_for(weight)
     stored = random(2, k, 200)
@@ -105,7 +106,7 @@ def test_plain_leaf_with_stated_axes(weight):
     assert [tensor.rule for tensor in report.tensors] == ["moe", "dense: rank 1"]
 
 
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", few(WEIGHTS))
 @pytest.mark.parametrize(
     ("sizes", "layout"),
     [((2, 130, 257), "ours"), ((2, 130, 257), "apart"), ((1, 1, 1), "ours"), ((3, 5, 129), "apart")],

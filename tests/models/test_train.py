@@ -114,6 +114,7 @@ def test_schedule_warms_up_and_ends_at_two_percent(trainer):
     assert at(1000) == pytest.approx(0.02)
 
 
+@pytest.mark.slow
 def test_training_learns_and_does_not_depend_on_dispatches(trainer, library):
     text, total = jnp.asarray(corpus.read(library).train), jnp.int32(40)
     state, first = trainer.run(trainer.init(0), text, jnp.int32(10), total)

@@ -234,7 +234,7 @@ def test_no_tokens():
         assert not np.asarray(found).any()
 
 
-@pytest.mark.parametrize("activation", [None, "int8_per_token"])
+@pytest.mark.parametrize("activation", [None, pytest.param("int8_per_token", marks=pytest.mark.slow)])
 def test_a_second_derivative_is_an_error_not_zero(activation):
     arrays, ids, cotangent = problem()
 

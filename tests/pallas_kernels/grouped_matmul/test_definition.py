@@ -12,6 +12,7 @@ import numpy_quantizer
 from by_name import by_name
 from pallas_kernels import Activation, QuantizedArray, grouped_matmul, make_group_metadata, quantize
 from pallas_kernels.grouped_matmul.reference import TILE_OVERHEAD, tile_sizes
+from quick import few
 from special_numbers import normal
 from tolerance import assert_close
 
@@ -53,7 +54,7 @@ def test_groups(weight, activation, sizes):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("weight", few(WEIGHTS, (None, "fp8_per_block", "int4_per_group", "nvfp4")))
 def test_every_pair_of_formats(weight, activation):
     check_definition(weight, activation, GROUPS["ragged, short"])
 
@@ -112,7 +113,9 @@ def test_dtypes_and_small_batches(m, weight, dtype):
     assert_close(actual, expected, **tolerance)
 
 
-@pytest.mark.parametrize("weight", [None, "int8_per_channel", "fp8_per_block", "nvfp4"])
+@pytest.mark.parametrize(
+    "weight", few([None, "int8_per_channel", "fp8_per_block", "nvfp4"], ("fp8_per_block", "nvfp4"))
+)
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_a_quantized_left_side(activation, weight):
     """The same bits as with `activation_format`; bf16 unless said otherwise."""

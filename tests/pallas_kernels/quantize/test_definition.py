@@ -16,6 +16,7 @@ from by_name import assert_same_parts, by_name, whole_blocks
 from numpy_quantizer import ACTIVATIONS, BLOCKS, WEIGHTS, dequantize_numpy, quantize_numpy, unpacked
 from pallas_kernels import get_format, quantize
 from pallas_kernels.quantize import matrix_amax
+from quick import few
 from special_numbers import SPECIAL, cast, normal, special
 from tolerance import assert_same_bits
 
@@ -164,7 +165,7 @@ def test_error_of_normal_weights(name):
     assert abs(error - expected) < 0.05 * expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_eager_as_jitted(name):
     x = cast(special(), ml_dtypes.bfloat16)
     check(quantize, x, name)
@@ -261,7 +262,7 @@ def test_any_matrix(name, x):
     check(jitted, x, name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 @settings(FEW, max_examples=15)  # each shape is compiled anew
 @given(magnitudes=MAGNITUDES, rows=st.integers(1, 4), k=st.integers(1, 300))
 def test_any_magnitude_and_shape(name, magnitudes, rows, k):

@@ -1,0 +1,10 @@
+"""Parameters of which `.ci/run` takes a few, and `.ci/run --full` all."""
+
+import pytest
+
+FORMATS = ("fp8_per_block", "int8_per_channel", "nvfp4", "fp8_per_token", "mxfp8")  # one of each way to scale
+
+
+def few(values, quick=FORMATS):
+    """The same values; all but the quick ones are marked slow."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
