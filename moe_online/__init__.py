@@ -19,8 +19,11 @@ from moe_online.loading import CheckpointSource as CheckpointSource
 from moe_online.loading import LoadPlan as LoadPlan
 from moe_online.loading import LoadReport as LoadReport
 from moe_online.loading import LoadResult as LoadResult
+from moe_online.loading import get_mapping as get_mapping
 from moe_online.loading import load as load
 from moe_online.loading import plan as plan
+from moe_online.loading import reload as reload
+from moe_online.loading import save_quantized as save_quantized
 from moe_online.method import OnlineMoEMethodBase as OnlineMoEMethodBase
 from moe_online.method import get_method as get_method
 from moe_online.method import register_scheme as register_scheme

@@ -7,10 +7,10 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from moe_online.cli import evaluate, inspect, quickstart
+from moe_online.cli import evaluate, inspect, quantize, quickstart
 from moe_online.errors import CheckpointError, ConfigError
 
-COMMANDS = (quickstart, inspect, evaluate)
+COMMANDS = (quickstart, inspect, quantize, evaluate)
 INTERRUPTED = 130  # what shells report after Ctrl-C
 
 

@@ -14,15 +14,19 @@ from moe_online.errors import ConfigError
 from moe_online.experts import default_sharding, expert_spec
 from moe_online.loading import stream
 from moe_online.loading.choose import choose_specs
-from moe_online.loading.mapping import Part, assign
+from moe_online.loading.exported import ExportSource
+from moe_online.loading.manifest import Manifest
+from moe_online.loading.mapping import Assigned, assign
 from moe_online.loading.orbax import OrbaxSource
 from moe_online.loading.plan import LoadPlan, make_plan
 from moe_online.loading.report import LoadReport
 from moe_online.loading.safetensors import SafetensorsSource, is_safetensors
-from moe_online.loading.source import CheckpointSource, MemorySource, Prefixed
+from moe_online.loading.sinks import OnDevices
+from moe_online.loading.source import CheckpointSource, MemorySource, prefixed
 from moe_online.loading.tree import FIELD_AXES, KERNEL, SHARED_AXES, AbstractTree, Leaf, flatten
 from moe_online.loading.units import Target
 from moe_online.schemes import QuantSpec
+from pallas_kernels import Format
 
 UNIT_BYTES = 256 * 2**20
 
@@ -45,6 +49,7 @@ def load(
     mapping: Mapping[str, str] | None = None,
     prefix: str | None = None,
     unexpected: str | Sequence[str] = "error",
+    requantize: bool = False,
     mesh: Mesh | None = None,
     unit_bytes: int = UNIT_BYTES,
     memory_limit: int | None = None,
@@ -61,20 +66,23 @@ def load(
     Args:
       abstract: What to load, declared: an nnx module made inside `nnx.eval_shape`, or any pytree of
         `ShapeDtypeStruct`s. Leaves go where their sharding says.
-      source: A path of an Orbax checkpoint or of safetensors (a file or a folder), a pytree of numpy or `jax.Array`s,
-        or a `CheckpointSource`.
+      source: A path or URL of an Orbax checkpoint, of what `save_quantized` wrote, or of safetensors (a file or a
+        folder); a pytree of numpy or `jax.Array`s; or a `CheckpointSource`.
       quantization: A shorthand such as `"fp8_per_block"`, an `OnlineQuantConfig`, its dict, or a `QuantSpec` for all
         experts. `linear` reaches each `moe_online.flax.Linear`; most shorthands set it beside `moe`. None loads
         everything as declared. Weights are quantized from the dtype that is stored.
       mapping: Names and axes of stored tensors where they are not those of the model; see
-        `moe_online.loading.mapping`.
+        `moe_online.loading.mapping`. `moe_online.loading.get_mapping("mixtral")` gives those of well-known models.
       prefix: Reads only what is below this name: a subtree such as `"params"`, a step or an item.
       unexpected: What stored tensors that the model does not ask for are: `"error"`, `"ignore"`, or patterns of those
         that may be left.
+      requantize: Whether codes of a checkpoint that is quantized already may become those of another format, or real
+        numbers. Otherwise they are taken over as they are, and any other wish is an error.
       mesh: Places leaves that have no sharding, or a single device's: experts over its axes `expert` and `tensor`, the
         rest on every device.
       unit_bytes: Most source bytes per unit; one expert (or row, or kernel that is quantized) is the least.
-      memory_limit: Bytes that the planned peak may reach, on all devices together.
+      memory_limit: Bytes that the planned peak may reach, on all devices together; units become smaller where that
+        is needed.
       prefetch: Units read ahead.
       progress: Shows a progress bar.
 
@@ -91,7 +99,7 @@ def load(
       DtypeMismatch: a tensor has a dtype that cannot become the model's.
       CorruptCheckpoint: stored bytes cannot be decoded.
       NonFiniteWeight: a weight holds NaN or an infinity.
-      MemoryBudgetError: the planned peak is above `memory_limit`.
+      MemoryBudgetError: the planned peak is above `memory_limit`, whatever the size of the units.
 
     >>> import jax, numpy as np
     >>> tree = {"w": np.ones((4, 8), np.float32)}
@@ -100,15 +108,26 @@ def load(
     ('bfloat16', 128)
     """
     tree, opened, made = _prepare(
-        abstract, source, quantization, mapping, prefix, unexpected, mesh, unit_bytes, memory_limit, prefetch
+        abstract,
+        source,
+        quantization,
+        mapping,
+        prefix,
+        unexpected,
+        requantize,
+        mesh,
+        unit_bytes,
+        memory_limit,
+        prefetch,
     )
-    arrays, report = stream.run(made, opened, progress=progress)
+    sink = OnDevices()
+    report = stream.run(made, opened, sink, progress=progress)
     formats = {
         target.leaf.layer: target.spec.activation
         for target in made.targets
         if target.spec is not None and target.leaf.layer is not None
     }
-    return LoadResult(tree.rebuild(arrays, formats), report)
+    return LoadResult(tree.rebuild(sink.arrays, formats), report)
 
 
 def plan(
@@ -119,6 +138,7 @@ def plan(
     mapping: Mapping[str, str] | None = None,
     prefix: str | None = None,
     unexpected: str | Sequence[str] = "error",
+    requantize: bool = False,
     mesh: Mesh | None = None,
     unit_bytes: int = UNIT_BYTES,
     memory_limit: int | None = None,
@@ -126,7 +146,17 @@ def plan(
 ) -> LoadPlan:
     """What `load` with the same arguments would do; reads metadata only and raises what can be known from it."""
     return _prepare(
-        abstract, source, quantization, mapping, prefix, unexpected, mesh, unit_bytes, memory_limit, prefetch
+        abstract,
+        source,
+        quantization,
+        mapping,
+        prefix,
+        unexpected,
+        requantize,
+        mesh,
+        unit_bytes,
+        memory_limit,
+        prefetch,
     )[2]
 
 
@@ -139,10 +169,12 @@ def open_source(source: Source, *, prefix: str | None = None) -> CheckpointSourc
     """
     if isinstance(source, str | os.PathLike):
         if not is_safetensors(source):
-            return OrbaxSource(source, prefix=prefix)
+            checkpoint = OrbaxSource(source, prefix=prefix)
+            manifest = Manifest.read(str(checkpoint.item))
+            return checkpoint if manifest is None else ExportSource(checkpoint, manifest)
         source = SafetensorsSource(source)
     opened = source if isinstance(source, CheckpointSource) else MemorySource(source)
-    return opened if prefix is None else Prefixed(opened, prefix)
+    return opened if prefix is None else prefixed(opened, prefix)
 
 
 def _prepare(
@@ -152,31 +184,36 @@ def _prepare(
     mapping: Mapping[str, str] | None,
     prefix: str | None,
     unexpected: str | Sequence[str],
+    requantize: bool,
     mesh: Mesh | None,
     unit_bytes: int,
     memory_limit: int | None,
     prefetch: int,
 ) -> tuple[AbstractTree, CheckpointSource, LoadPlan]:
-    _check_limits(unit_bytes=unit_bytes, prefetch=prefetch, memory_limit=memory_limit)
+    check_limits(unit_bytes=unit_bytes, prefetch=prefetch, memory_limit=memory_limit)
     config = _config(quantization)
     tree = flatten(abstract)
     opened = open_source(source, prefix=prefix)
-    parts = assign(tree.leaves, opened.tensors, mapping or {}, unexpected, opened.description)
-    specs = choose_specs(tree.leaves, parts, config)
-    targets = [_target(leaf, parts[leaf.name], mesh, *specs[leaf.name]) for leaf in tree.leaves]
+    formats: Mapping[str, Format] = getattr(opened, "stored_formats", {})
+    assigned = assign(tree.leaves, opened.tensors, mapping or {}, unexpected, opened.description, formats)
+    specs = choose_specs(assigned, config, requantize=requantize, activations=getattr(opened, "activations", None))
+    targets = [make_target(each, mesh, *specs[each.leaf.name]) for each in assigned]
     made = make_plan(opened.description, targets, unit_bytes=unit_bytes, memory_limit=memory_limit, prefetch=prefetch)
     return tree, opened, made
 
 
-def _target(leaf: Leaf, parts: tuple[Part, ...], mesh: Mesh | None, spec: QuantSpec | None, rule: str) -> Target:
+def make_target(assigned: Assigned, mesh: Mesh | None, spec: QuantSpec | None, rule: str) -> Target:
     """A leaf and its scheme; the kernel of a dense layer is transposed where it is quantized."""
+    leaf, parts, source_format = assigned
     if spec is not None and leaf.field == KERNEL:
-        parts = tuple(dataclasses.replace(part, axes=part.axes or leaf.axes) for part in parts)
+        parts = tuple(part if part.child else dataclasses.replace(part, axes=part.axes or leaf.axes) for part in parts)
         leaf = leaf.transposed()
-    return Target(leaf=leaf, parts=parts, sharding=_sharding(leaf, mesh), spec=spec, rule=rule)
+    sharding = _sharding(leaf, mesh)
+    return Target(leaf=leaf, parts=parts, sharding=sharding, spec=spec, rule=rule, source_format=source_format)
 
 
-def _check_limits(*, unit_bytes: int, prefetch: int, memory_limit: int | None) -> None:
+def check_limits(*, unit_bytes: int, prefetch: int, memory_limit: int | None = None) -> None:
+    """Raises ConfigError for numbers that mean nothing."""
     least: dict[str, tuple[Any, int]] = {"unit_bytes": (unit_bytes, 1), "prefetch": (prefetch, 0)}
     if memory_limit is not None:
         least["memory_limit"] = (memory_limit, 0)

@@ -7,37 +7,64 @@ from typing import get_args
 
 from moe_online.config import OnlineQuantConfig
 from moe_online.errors import ConfigError
-from moe_online.loading.mapping import Part
+from moe_online.loading.mapping import Assigned
 from moe_online.loading.messages import SHOWN, listed
+from moe_online.loading.parts import Part
 from moe_online.loading.tree import WEIGHTS, Leaf
 from moe_online.quant_config import Kind, matches
 from moe_online.schemes import QuantSpec
+from pallas_kernels import Format, get_format
 
 KINDS = {"linear": "moe_online.flax.Linear", "moe": "moe_online.flax.MoE"}  # and the layers that are of them
+USUAL_ACTIVATION = {"fp8_per_block": get_format("fp8_per_group")}  # of checkpoints that say nothing: DeepSeek-V3
 Choice = tuple[QuantSpec | None, str]  # None: stored as it is declared; and the rule, for people
 
 
 def choose_specs(
-    leaves: Sequence[Leaf], parts: Mapping[str, tuple[Part, ...]], config: OnlineQuantConfig | None
+    assigned: Sequence[Assigned],
+    config: OnlineQuantConfig | None,
+    *,
+    requantize: bool = False,
+    activations: Mapping[str, Format | None] | None = None,
 ) -> dict[str, Choice]:
     """The scheme of each leaf and the rule that chose it.
 
+    Args:
+      assigned: The leaves, and what is stored of them.
+      config: What the user says; None: nothing.
+      requantize: Whether codes of the checkpoint may become other codes, or real numbers.
+      activations: Formats of inputs that the checkpoint says of its quantized leaves.
+
     Raises:
       ConfigError: the config contradicts itself about a layer, targets what cannot be quantized, or reaches no leaf
-        with all or with a part of what it says.
+        with all or with a part of what it says; it asks for another format than the one that a leaf is stored in.
     """
-    if config is None:
-        return {leaf.name: (None, "as declared") for leaf in leaves}
+    leaves, parts = [each.leaf for each in assigned], {each.leaf.name: each.parts for each in assigned}
     chosen: dict[str, Choice] = {}
     refused: dict[str, None] = {}  # once each, though a layer has several leaves
-    for leaf in leaves:
+    for leaf, of_leaf, stored in assigned:
         try:
-            chosen[leaf.name] = _choose(leaf, parts[leaf.name], config)
+            choice: Choice = (None, "as declared") if config is None else _choose(leaf, of_leaf, config)
+            if stored is not None:
+                choice = of_stored(
+                    leaf,
+                    of_leaf,
+                    choice,
+                    stored,
+                    activation=(USUAL_ACTIVATION if activations is None else activations).get(
+                        stored.name if activations is None else leaf.name
+                    ),
+                    requantize=requantize,
+                    says_nothing=config is None,
+                )
+            chosen[leaf.name] = choice
         except ConfigError as error:
             refused[str(error)] = None
     if refused:
         more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
         raise ConfigError("; ".join([*refused][:SHOWN]) + more)
+    if config is None:
+        return chosen
     _check_patterns(config, leaves, parts)
     _check_reach(config, {rule for spec, rule in chosen.values() if spec is not None}, leaves)
     return chosen
@@ -58,6 +85,45 @@ def _choose(leaf: Leaf, parts: Sequence[Part], config: OnlineQuantConfig) -> Cho
         if rule.startswith("ignore: "):
             return None, rule
     return None, f"dense: {what}"
+
+
+def of_stored(
+    leaf: Leaf,
+    parts: Sequence[Part],
+    choice: Choice,
+    stored: Format,
+    *,
+    activation: Format | None = None,
+    requantize: bool,
+    says_nothing: bool = False,
+) -> Choice:
+    """The scheme of a leaf that is stored quantized: as it is stored, or another where that is allowed.
+
+    Args:
+      leaf: Of the model.
+      parts: What is stored of it.
+      choice: The scheme that it would get otherwise.
+      stored: Its format in the checkpoint.
+      activation: Of its inputs, where the stored format is taken over unasked.
+      requantize: Whether another is allowed.
+      says_nothing: Whether the user gave no config.
+
+    Raises:
+      ConfigError: another format was asked for, or the leaf cannot be quantized.
+    """
+    spec, rule = choice
+    can_hold = leaf.kind is not None or _meant_by(leaf, parts)[0] == "moe"
+    if spec is not None and spec.weight == stored:
+        return spec, f"{rule}, as stored"
+    if requantize and (spec is not None or says_nothing or not can_hold):
+        return spec, f"{rule}, requantized from {stored}"
+    if spec is None and can_hold:
+        return QuantSpec(stored, activation), f"as stored: {stored}"
+    wanted = spec.weight if spec is not None else f"real numbers, for it is no {' or '.join(KINDS.values())}"
+    raise ConfigError(
+        f"{leaf.name} is a pre-quantized layer: the checkpoint has it as {stored}, and {wanted} was asked for "
+        f"({rule}). Ask for {stored}, or give requantize=True, which turns its codes into others at a loss"
+    )
 
 
 def _meant_by(leaf: Leaf, parts: Sequence[Part]) -> tuple[Kind, tuple[str, ...]]:

@@ -8,11 +8,14 @@ A mapping goes from the names of stored tensors to what they are::
         "*.w_down": "E K N -> *.experts.w2_weight",
         "*.router": "-> *.router.kernel",  # another name, nothing else
         "*.experts.w13": "E N K",  # the same name; the axes say that these are experts
+        "*.q_proj.weight": "N K -> *.q_proj.kernel as K N",  # turned: the leaf's own axes come last
+        "*.inv_freq": "skip",  # not wanted
+        "*.q_norm.weight": "-> *.q_norm.scale ?",  # ? at the end: the rule may match nothing
     }
 
 Each `*` on the right stands for what the `*` in the same place on the left matched. Axes describe the stored tensor:
-E expert, S gate or up, N output, K contraction. Leaves have them in the order E S N K. Several in parentheses are one
-stored axis, the first of them the slowest, and 1 is an axis of one element::
+L layer, E expert, S gate or up, N output, K contraction. Leaves have them in the order L E S N K, but where `as` says
+another. Several in parentheses are one stored axis, the first of them the slowest, and 1 is an axis of one element::
 
     "*.gate_up_proj": "E (S N) K -> *.experts.w13_weight",  # [E, 2I, H]: gate rows, then up rows
     "*.experts.gate_up_proj": "E K (N S) -> *.experts.w13_weight",  # [E, H, 2I]: in turn, as GPT-OSS has them
@@ -21,102 +24,49 @@ stored axis, the first of them the slowest, and 1 is an axis of one element::
 
 An E of size 1, that of shared experts, may be left out. Experts whose activation is not
 gated have one matrix where others have gate and up: its S may be left out, and it has no halves.
+
+`{E}` and `{L}` are numbers in names. On the left they count an axis of the leaf that the tensor does not have; one that
+is on the right as well is a part of the leaf's name. One that is on the right only takes a tensor apart along that
+axis, one leaf for each index::
+
+    "layers.{L}.experts.{E}.w1.weight": "N K -> layers.{L}.experts.w13_weight.gate",  # a tensor for each expert
+    "params.layers.moe.wi_0": "L E K N -> layers.{L}.experts.w13_weight.gate",  # scanned: all layers in one tensor
+    "layers.{L}.experts.w_down": "E K N -> layers.experts.w2_weight",  # the other way: into a leaf [L, E, N, K]
+
+Where the checkpoint is quantized already, codes and scales are the `.values` and `.scales` of a leaf; scales have the
+axes of the codes, one element for each block. B is an axis of the bytes of one block of K::
+
+    "*.experts.{E}.down_proj.weight": "N K -> *.experts.w2_weight.values",
+    "*.experts.{E}.down_proj.weight_scale_inv": "N K -> *.experts.w2_weight.scales",
+    "*.experts.gate_up_proj_blocks": "E (N S) K B -> *.experts.w13_weight.values",
+    "*.experts.gate_up_proj_scales": "E (N S) K -> *.experts.w13_weight.scales",
+
+An exact name wins over `skip`, and that over patterns, of which one may match. Mappings for the names of well-known
+models are in `moe_online.loading.mappings`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from moe_online.errors import ConfigError, MissingWeights, ShapeMismatch, UnexpectedWeights
+from moe_online.loading.assemble import Claim, Findings, assemble, is_single, with_axes
 from moe_online.loading.messages import listed
-from moe_online.loading.source import CheckpointSource, Index, StoredTensor
+from moe_online.loading.parts import CHILDREN, Child, Part
+from moe_online.loading.rules import HALF, Rule, choose_rules, parse_rules
+from moe_online.loading.source import StoredTensor
 from moe_online.loading.tree import HALVES, Leaf
-
-AXES = "ESNK"
-AXIS = re.compile(r"\([^()]*\)|[^\s()]")  # one stored axis in a rule
+from pallas_kernels import Format
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
-    """One line of a mapping, parsed."""
+class Assigned(NamedTuple):
+    """A leaf, with axes where a rule says them, and what is stored of it."""
 
-    pattern: str
-    axes: str | None  # letters, in the order in which they are stored
-    target: str | None  # None: the same name
-    groups: tuple[str, ...] = ()  # the letters of each stored axis
-
-    @functools.cached_property
-    def regex(self) -> re.Pattern[str]:
-        """Matches whole names; one group for each `*`."""
-        return re.compile("(.*)".join(re.escape(piece) for piece in self.pattern.split("*")))
-
-    def apply(self, name: str) -> str | None:
-        """The leaf that the stored tensor of this name becomes; None where the rule is about others."""
-        match = self.regex.fullmatch(name)
-        if match is None:
-            return None
-        if self.target is None:
-            return name
-        first, *pieces = self.target.split("*")
-        return first + "".join(captured + piece for captured, piece in zip(match.groups(), pieces, strict=False))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """A stored tensor that becomes a leaf, or the gate or up half of one."""
-
-    stored: StoredTensor
-    axes: str | None  # as stored; None: those of the leaf
-    half: int | None = None  # 0 gate, 1 up
-    groups: tuple[str, ...] | None = None  # letters of each axis in the file, where `stored` has them taken apart
-
-    def read(self, source: CheckpointSource, index: Index) -> Any:
-        """Its region `index`, of whose axes in the file only the first letter may be cut."""
-        if self.groups is None:
-            return source.read(self.stored.name, index)
-        of_letter = dict(zip(self.axes or "", index, strict=True))
-        sizes = dict(zip(self.axes or "", self.stored.shape, strict=True))
-        merged = []
-        for group in self.groups:
-            inner = math.prod(sizes[letter] for letter in group[1:])
-            first = of_letter[group[0]] if group else slice(0, 1)
-            merged.append(slice(first.start * inner, first.stop * inner))
-        return source.read(self.stored.name, tuple(merged)).reshape([s.stop - s.start for s in index])
-
-
-def parse_rule(pattern: str, text: str) -> Rule:
-    """Reads one line of a mapping.
-
-    Raises:
-      ConfigError: it says nothing, names an unknown or repeated axis, or has more `*` on the right than on the left.
-    """
-    if not isinstance(text, str):
-        raise ConfigError(
-            f"mapping rule {pattern!r}: {text!r} must be a string: 'AXES', '-> TARGET' or 'AXES -> TARGET'"
-        )
-    axes_text, arrow, target = (part.strip() for part in text.partition("->"))
-    groups = tuple(re.sub(r"[() 1]", "", token) for token in AXIS.findall(axes_text))
-    axes = "".join(groups)
-    if AXIS.sub("", axes_text).strip() or (arrow and not target) or not (axes or target):
-        raise ConfigError(f"mapping rule {pattern!r}: {text!r} must be 'AXES', '-> TARGET' or 'AXES -> TARGET'")
-    if any("E" in group[1:] for group in groups):
-        raise ConfigError(f"mapping rule {pattern!r}: axes {axes_text!r} must have E first within its parentheses")
-    if set(axes) - set(AXES) or len(set(axes)) != len(axes):
-        raise ConfigError(
-            f"mapping rule {pattern!r}: axes {axes_text!r} must be distinct letters of {' '.join(AXES)}: "
-            "expert, gate/up, output, contraction. For another name write '-> NAME'"
-        )
-    if target.count("*") > pattern.count("*"):
-        raise ConfigError(
-            f"mapping rule {pattern!r}: {target!r} has more * than the pattern, so some match nothing; "
-            f"begin the pattern with '*.' where the name has a path before it"
-        )
-    return Rule(pattern=pattern, axes=axes or None, target=target or None, groups=groups)
+    leaf: Leaf
+    parts: tuple[Part, ...]
+    stored_format: Format | None  # where it is stored quantized
 
 
 def assign(
@@ -125,127 +75,108 @@ def assign(
     mapping: Mapping[str, str],
     unexpected: str | Sequence[str],
     where: str,
-) -> dict[str, tuple[Part, ...]]:
+    stored_formats: Mapping[str, Format] | None = None,
+) -> list[Assigned]:
     """Finds the stored tensors of each leaf.
 
+    Args:
+      leaves: Of the model.
+      tensors: Of the source, by name.
+      mapping: Rules.
+      unexpected: What surplus tensors are: "error", "ignore", or patterns of those that may be left.
+      where: The source, for messages.
+      stored_formats: Of leaves that the source says are stored quantized.
+
     Returns:
-      For each leaf one part, or two: gate and up.
+      Every leaf, in their order.
 
     Raises:
-      ConfigError: a rule that is malformed or matches nothing, two rules for one tensor, two tensors for one leaf.
+      ConfigError: a rule that is malformed or matches nothing, two rules for one tensor, two tensors for one place.
       UnexpectedWeights: a stored tensor that no leaf asks for, unless `unexpected` allows it.
-      MissingWeights: a leaf, or a half of one, that no stored tensor fills.
+      MissingWeights: a leaf, or a half or an expert of one, that no stored tensor fills.
+      ShapeMismatch, DtypeMismatch: tensors of one leaf that do not fit together.
     """
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(f"mapping must be a dict of rules, not {type(mapping).__name__}: {{'*.w_in': 'E K N'}}")
-    rules = [parse_rule(pattern, text) for pattern, text in mapping.items()]
     by_name = {leaf.name: leaf for leaf in leaves}
-    found: dict[str, list[Part]] = {leaf.name: [] for leaf in leaves}
-    used, surplus = set(), {}
-    for (name, stored), rule in zip(tensors.items(), _choose_rules(tensors, rules), strict=True):
-        used.add(rule)
-        target = name if rule is None else rule.apply(name)
-        assert target is not None  # the rule was chosen because it matches
-        owner, half = _owner(target, by_name)
-        if owner is None:
-            surplus[name] = name if target == name else f"{name} (mapped to {target})"
-        else:
-            axes = None if rule is None else rule.axes
-            if axes is not None and "S" not in axes and _is_single(by_name[owner]):
+    rules, findings = parse_rules(mapping), Findings()
+    claims: dict[str, list[Claim]] = collections.defaultdict(list)
+    ambiguous: dict[str, str] = {}
+    chosen = choose_rules(list(tensors), rules, ambiguous)
+    if ambiguous:
+        said = [f"{name} ({which})" for name, which in ambiguous.items()]
+        raise ConfigError(f"several mapping rules match {', '.join(said)}; make them exclusive")
+    for stored, rule in zip(tensors.values(), chosen, strict=True):
+        if rule is not None and rule.skip:
+            continue
+        for target, claim in _claims(stored, rule, where):
+            owner, half, child = _owner(target, by_name)
+            if owner is None:
+                same = target == stored.name
+                findings.surplus[stored.name] = stored.name if same else f"{stored.name} (mapped to {target})"
+                continue
+            if half is None and rule is not None and rule.axes and HALF not in rule.axes and is_single(by_name[owner]):
                 half = 0
-            part = Part(stored=stored, axes=axes, half=half)
-            found[owner].append(part if rule is None else _taken_apart(part, by_name[owner], rule.groups, where))
-    unused = [rule.pattern for rule in rules if rule not in used]
+            claims[owner].append(claim._replace(half=half, child=child))
+    unused = [rule.pattern for rule in rules if not rule.optional and rule not in set(chosen)]
     if unused:
         raise ConfigError(f"mapping rules match no tensor of {where}: {', '.join(unused)}; {_some_names(tensors)}")
-    _check_missing(found, by_name, tensors, where, [said for name, said in surplus.items() if said != name])
-    _check_surplus(surplus, unexpected, where)
-    return {name: tuple(sorted(parts, key=lambda part: part.half or 0)) for name, parts in found.items()}
+    found = []
+    for leaf in leaves:
+        said_leaf = with_axes(leaf, claims[leaf.name])
+        parts, fmt = assemble(said_leaf, claims[leaf.name], (stored_formats or {}).get(leaf.name), findings)
+        found.append(Assigned(said_leaf, parts, fmt))
+    if findings.crowded:
+        raise ConfigError(
+            f"several tensors of {where} become one leaf: {', '.join(findings.crowded)}; change the mapping"
+        )
+    findings.raise_shapes(where)
+    if findings.missing:
+        astray = [said for name, said in findings.surplus.items() if said != name]
+        raise MissingWeights(
+            f"{where} lacks {listed(findings.missing, 'tensor')} of the model. "
+            f"{_remedy(findings.missing, by_name, tensors, astray)}",
+            names=findings.missing,
+        )
+    _check_surplus(findings.surplus, unexpected, where)
+    return found
 
 
-def _choose_rules(names: Iterable[str], rules: Sequence[Rule]) -> list[Rule | None]:
-    """The rule for each stored tensor: an exact name wins over patterns, of which only one may match."""
-    chosen, ambiguous = [], []
-    for name in names:
-        matching = [rule for rule in rules if rule.regex.fullmatch(name)]
-        matching = [rule for rule in matching if rule.pattern == name] or matching
-        chosen.append(matching[0] if matching else None)
-        if len(matching) > 1:
-            ambiguous.append(f"{name} ({', '.join(repr(rule.pattern) for rule in matching)})")
-    if ambiguous:
-        raise ConfigError(f"several mapping rules match {', '.join(ambiguous)}; make them exclusive")
-    return chosen
-
-
-def _owner(target: str, leaves: Mapping[str, Leaf]) -> tuple[str | None, int | None]:
-    """The leaf of this name, or the leaf of which this is the gate or up half."""
-    if target in leaves:
-        return target, None
-    base, _, half = target.rpartition(".")
-    if half in HALVES and base in leaves and "S" in (leaves[base].axes or "") and not _is_single(leaves[base]):
-        return base, HALVES.index(half)
-    return None, None
-
-
-def _taken_apart(part: Part, leaf: Leaf, groups: tuple[str, ...], where: str) -> Part:
-    """A part whose axes in the file are several of the leaf's, or of one element, with those of the leaf."""
-    letters = leaf.axes or "".join(letter for letter in AXES if part.axes and letter in part.axes)
-    sizes = dict(zip(letters, leaf.aval.shape, strict=False))
-    if part.axes is None or not set(part.axes) <= set(sizes):
-        return part
-    if "E" not in part.axes and sizes.get("E") == 1:
-        groups = ("E" + groups[0], *groups[1:])
-    if all(len(group) == 1 for group in groups):
-        return part
-    inner = [math.prod(sizes[letter] for letter in group[1:]) for group in groups]
-    needed = tuple(math.prod(sizes[letter] for letter in group) for group in groups)
-    stored = part.stored
-    if stored.shape != needed:
+def _claims(stored: StoredTensor, rule: Rule | None, where: str) -> Iterator[tuple[str, Claim]]:
+    """What a stored tensor becomes: the names of leaves, or of halves and children of them."""
+    if rule is None:
+        yield stored.name, Claim(tensor=stored, rule=None)
+        return
+    match = rule.apply(stored.name)
+    assert match is not None  # the rule was chosen because it matches
+    split = rule.split_along
+    if split is None:
+        yield match.target, Claim(tensor=stored, rule=rule, at=match.at)
+        return
+    if len(rule.groups) != len(stored.shape) or split not in rule.groups:
+        axes = " ".join(group if len(group) == 1 else f"({group})" for group in rule.groups)
         raise ShapeMismatch(
-            f"{where} has another shape than the model in {stored.name} {stored.shape} (axes "
-            f"{' '.join(group if len(group) == 1 else f'({group})' for group in groups)}), needed {needed}. Change the "
-            "config of the model, or the axes in mapping={...}.",
+            f"{stored.name} {stored.shape} of {where} cannot be taken apart along {split} of its axes {axes}: there "
+            f"must be {len(rule.groups)}, {split} one of its own",
             names=[stored.name],
         )
-    chunks = {group[0]: -(-chunk // n) for group, chunk, n in zip(groups, stored.chunk, inner, strict=True) if group}
-    axes = "".join(groups)
-    stored = dataclasses.replace(
-        stored,
-        shape=tuple(sizes[letter] for letter in axes),
-        chunk=tuple(chunks.get(letter, sizes[letter]) for letter in axes),
-    )
-    return dataclasses.replace(part, stored=stored, axes=axes, groups=groups)
+    for index in range(stored.shape[rule.groups.index(split)]):
+        target = match.target.replace(f"{{{split}}}", str(index))
+        yield target, Claim(tensor=stored, rule=rule, at=match.at, split=(split, index))
 
 
-def _is_single(leaf: Leaf) -> bool:
-    """Whether it has one matrix, or bias, per expert where others have gate and up."""
-    axes = leaf.axes or ""
-    return "S" in axes and leaf.aval.shape[axes.index("S")] == 1
-
-
-def _check_missing(
-    found: Mapping[str, Sequence[Part]],
-    leaves: Mapping[str, Leaf],
-    tensors: Mapping[str, StoredTensor],
-    where: str,
-    astray: Sequence[str],
-) -> None:
-    missing, crowded = [], []
-    for name, parts in found.items():
-        halves = [part.half for part in parts]
-        if sorted(str(half) for half in halves) not in ([], ["None"], ["0"], ["1"], ["0", "1"]):
-            crowded.append(f"{name} ({', '.join(part.stored.name for part in parts)})")
-        if not halves:
-            missing.append(name)
-        elif halves != [None] and not _is_single(leaves[name]):
-            missing += [f"{name}.{half}" for i, half in enumerate(HALVES) if i not in halves]
-    if crowded:
-        raise ConfigError(f"several tensors of {where} become one leaf: {', '.join(crowded)}; change the mapping")
-    if missing:
-        raise MissingWeights(
-            f"{where} lacks {listed(missing, 'tensor')} of the model. {_remedy(missing, leaves, tensors, astray)}",
-            names=missing,
-        )
+def _owner(target: str, leaves: Mapping[str, Leaf]) -> tuple[str | None, int | None, Child]:
+    """The leaf of this name, or the leaf of which this is the gate or up half, or codes or scales, or those of it."""
+    if target in leaves:
+        return target, None, ""
+    base, _, last = target.rpartition(".")
+    child = ""
+    if last in CHILDREN:
+        if base in leaves:
+            return base, None, last
+        child = last
+        base, _, last = base.rpartition(".")
+    if last in HALVES and base in leaves and HALF in (leaves[base].axes or "") and not is_single(leaves[base]):
+        return base, HALVES.index(last), child
+    return None, None, ""
 
 
 def _remedy(
@@ -272,7 +203,7 @@ def _check_surplus(surplus: Mapping[str, str], unexpected: str | Sequence[str], 
     if unexpected == "ignore":
         return
     allowed = [] if unexpected == "error" else [unexpected] if isinstance(unexpected, str) else unexpected
-    allow = [Rule(pattern=pattern, axes=None, target=None).regex for pattern in allowed]
+    allow = [Rule(pattern=pattern).regex for pattern in allowed]
     left = {name: said for name, said in surplus.items() if not any(regex.fullmatch(name) for regex in allow)}
     if left:
         raise UnexpectedWeights(

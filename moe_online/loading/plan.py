@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 from moe_online.errors import ConfigError, DtypeMismatch, MemoryBudgetError, ShapeMismatch
+from moe_online.loading.memory import bytes_on_devices
 from moe_online.loading.messages import human_bytes, listed, rendered
 from moe_online.loading.quantizer import temporary_bytes
-from moe_online.loading.units import Target, Unit, allocated_bytes, block_bytes, cut_units, num_rows, stored_bytes
+from moe_online.loading.reader import host_peak, shared_chunks
+from moe_online.loading.rules import HALF, LAYER
+from moe_online.loading.units import ALLOCATION, Target, Unit, allocated_bytes, cut_units, stored_bytes
 
 WIDE = 100  # columns of a terminal from which on tables show everything
 
@@ -42,9 +47,9 @@ class LoadPlan:
     @property
     def coarse_tensors(self) -> tuple[str, ...]:
         """Stored tensors whose chunks are larger than a unit may be, so that the host holds more than that."""
-        units = (unit for unit in self.units if block_bytes(unit) > self.unit_bytes and not unit.target.is_matrix)
-        large = {id(unit.target): unit.target for unit in units}
-        return tuple(part.stored.name for target in large.values() for part in target.parts)
+        units = (unit for unit in self.units if not unit.target.is_matrix)
+        chunks = (chunk for unit in units for chunk in shared_chunks(unit))
+        return tuple(dict.fromkeys(name for (name, _), size in chunks if size > self.unit_bytes))
 
     def __str__(self) -> str:
         return rendered(self)
@@ -59,7 +64,7 @@ class LoadPlan:
             table.add_column(column)
         for name, group in group_by_pattern(self.targets):
             first = group[0]
-            read, stored = sum(t.source_bytes(num_rows(t)) for t in group), sum(stored_bytes(t) for t in group)
+            read, stored = sum(t.source_bytes(t.local_rows) for t in group), sum(stored_bytes(t) for t in group)
             shape = "x".join(map(str, first.shape)) or "scalar"
             more = (shape, first.rule) if wide else ()
             table.add_row(name, human_bytes(read), human_bytes(stored), first.scheme, *more)
@@ -85,11 +90,11 @@ class LoadPlan:
         tensors = [
             {
                 "name": target.name,
-                "sources": [part.stored.name for part in target.parts],
+                "sources": [name for part in target.parts for name in part.names],
                 "shape": list(target.shape),
                 "scheme": target.scheme,
                 "rule": target.rule,
-                "source_bytes": target.source_bytes(num_rows(target)),
+                "source_bytes": target.source_bytes(target.local_rows),
                 "stored_bytes": stored_bytes(target),
             }
             for target in self.targets
@@ -118,29 +123,54 @@ def make_plan(
     _check_shapes(source, targets)
     _check_dtypes(source, targets)
     _check_blocks(targets)
-    units = tuple(unit for target in targets for unit in cut_units(target, unit_bytes))
-    largest = max((unit.device_bytes for unit in units), default=0)
-    block = max((block_bytes(unit) for unit in units), default=0)
-    plan = LoadPlan(
+    if memory_limit is not None:
+        unit_bytes = _fitting(source, targets, unit_bytes, memory_limit, prefetch)
+    units = _units(targets, unit_bytes)
+    return LoadPlan(
         source=source,
         targets=tuple(targets),
         units=units,
-        read_bytes=sum(target.source_bytes(num_rows(target)) for target in targets),
+        read_bytes=sum(target.source_bytes(target.local_rows) for target in targets),
         resident_bytes=sum(stored_bytes(target) for target in targets),
-        largest_unit_bytes=largest,
+        largest_unit_bytes=max((unit.device_bytes for unit in units), default=0),
         peak_bytes=_peak(units, prefetch),
-        host_peak_bytes=2 * block + (1 + prefetch) * largest,  # decoding holds a chunk twice
+        host_peak_bytes=host_peak(units, prefetch),
         prefetch=prefetch,
         unit_bytes=unit_bytes,
     )
-    if memory_limit is not None and plan.peak_bytes > memory_limit:
-        raise MemoryBudgetError(
-            f"loading {source} needs {human_bytes(plan.peak_bytes)} at its peak ({human_bytes(plan.resident_bytes)} of "
-            f"parameters), above memory_limit={human_bytes(memory_limit)}: quantize more, give a smaller unit_bytes, "
-            "prefetch=0, or more devices",
-            names=[target.name for target in targets],
-        )
-    return plan
+
+
+def _units(targets: Sequence[Target], unit_bytes: int) -> tuple[Unit, ...]:
+    """All units in the order of their work: leaves that share a stored tensor follow one another."""
+    first: dict[str, int] = {}
+    places = [min(first.setdefault(name, i) for part in t.parts for name in part.names) for i, t in enumerate(targets)]
+    ordered = sorted(range(len(targets)), key=lambda i: (places[i], i))
+    return tuple(unit for i in ordered for unit in cut_units(targets[i], unit_bytes))
+
+
+def _fitting(source: str, targets: Sequence[Target], unit_bytes: int, memory_limit: int, prefetch: int) -> int:
+    """The largest size of a unit with which the peak stays below the limit, in halves of what was asked for."""
+    while True:
+        units = _units(targets, unit_bytes)
+        peak = _peak(units, prefetch)
+        if peak <= memory_limit:
+            return unit_bytes
+        largest = max((unit.nbytes for unit in units), default=0)
+        if unit_bytes == 1 or not units:
+            break
+        unit_bytes = max(1, min(unit_bytes, largest) // 2) if largest < unit_bytes * 2 else 1
+    alone = _peak(units, 0)
+    resident = sum(stored_bytes(target) for target in targets)
+    remedy = "quantize more, or give more devices"
+    if alone <= memory_limit:
+        remedy = f"prefetch=0 would fit with {human_bytes(alone)}; or quantize more, or give more devices"
+    unit = max((unit.device_bytes for unit in units), default=0)
+    raise MemoryBudgetError(
+        f"loading {source} needs {human_bytes(peak)} at its peak, also in the smallest units "
+        f"({human_bytes(resident)} of parameters, {1 + prefetch} x {human_bytes(unit)} on their way), above "
+        f"memory_limit={human_bytes(memory_limit)}: {remedy}",
+        names=[target.name for target in targets],
+    )
 
 
 def group_by_pattern(items: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
@@ -157,14 +187,14 @@ def group_by_pattern(items: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _check_shapes(source: str, targets: Sequence[Target]) -> None:
-    wrong = {}
+    wrong: dict[str, str] = {}
     for target in targets:
         for part in target.parts:
             axes = target.stored_axes(part)
             needed = target.part_shape(part)
             if part.stored.shape != needed or (axes is not None and not target.has_axes(axes, part)):
                 as_axes = "" if axes is None else f" (axes {' '.join(axes)})"
-                wrong[part.stored.name] = f"{part.stored.name} {part.stored.shape}{as_axes}, needed {needed}"
+                wrong |= {name: f"{name} {part.stored.shape}{as_axes}, needed {needed}" for name in part.names}
     if wrong:
         raise ShapeMismatch(
             f"{source} has another shape than the model in {listed(list(wrong.values()), 'tensor')}. Change the config "
@@ -180,10 +210,17 @@ def _check_shards(targets: Sequence[Target]) -> None:
     wrong = []
     for target in targets:
         try:
-            *_, n, k = (1, 1, *target.sharding.shard_shape(target.shape))
-            if target.format is not None:
-                n_sharded, k_sharded = n != target.shape[-2], k != target.shape[-1]
-                target.format.check_shard(n, k, n_sharded=n_sharded, k_sharded=k_sharded)
+            shard = target.sharding.shard_shape(target.shape)
+            if any(
+                letter in (LAYER, HALF) and n != size
+                for letter, n, size in zip(target.leaf.axes or "", shard, target.shape, strict=False)
+            ):
+                raise ValueError(
+                    f"layers, and gate and up, must be together on each device; {target.sharding} cuts them"
+                )
+            *_, n, k = (1, 1, *shard)
+            for fmt in filter(None, (target.format, target.source_format)):
+                fmt.check_shard(n, k, n_sharded=n != target.shape[-2], k_sharded=k != target.shape[-1])
         except ValueError as error:
             wrong.append(f"{target.name} {target.shape}: {str(error).splitlines()[0]}")
     if wrong:
@@ -191,14 +228,13 @@ def _check_shards(targets: Sequence[Target]) -> None:
 
 
 def _check_dtypes(source: str, targets: Sequence[Target]) -> None:
-    wrong = {}
+    wrong: dict[str, str] = {}
     for target in targets:
-        needed = np.dtype(target.leaf.aval.dtype)
         for part in target.parts:
-            found = part.stored.dtype
+            found, needed = part.stored.dtype, np.dtype(target.filled_by(part).dtype)
             real = found.itemsize >= 2 and all(jnp.issubdtype(dtype, jnp.floating) for dtype in (found, needed))
-            if not (real if target.format is not None else real or found == needed):
-                wrong[part.stored.name] = f"{part.stored.name} is {found}, needed {needed}"
+            if not (real if target.format is not None and not part.child else real or found == needed):
+                wrong |= {name: f"{name} is {found}, needed {needed}" for name in part.names}
     if wrong:
         raise DtypeMismatch(
             f"{source} has a dtype that cannot become the model's in {listed(list(wrong.values()), 'tensor')}. Real "
@@ -234,6 +270,32 @@ def _peak(units: Sequence[Unit], prefetch: int) -> int:
         resident += sum(allocated_bytes(following.target) for following in units[i + 1 : i + 2] if following.start == 0)
         ahead = itertools.islice(units, i, i + 1 + prefetch)
         in_flight = sum(other.device_bytes for other in ahead)
-        in_flight += temporary_bytes(unit.target.shape, unit.target.format) * len(unit.target.sharding.device_set)
+        in_flight += step_bytes(unit) * len(unit.target.sharding.device_set)
         peak = max(peak, resident + in_flight)
     return peak
+
+
+def staged_peak(units: Sequence[Unit], prefetch: int) -> int:
+    """Largest sum of units in flight, what one of them becomes, and temporaries, where that goes to the host."""
+    peak = 0
+    for i, unit in enumerate(units):
+        rows = sum(-(-bytes_on_devices(leaf) // ALLOCATION) * ALLOCATION for leaf in jax.tree.leaves(unit.stored))
+        in_flight = sum(other.device_bytes for other in itertools.islice(units, i, i + 1 + prefetch))
+        peak = max(peak, in_flight + rows + step_bytes(unit) * len(unit.target.sharding.device_set))
+    return peak
+
+
+def step_bytes(unit: Unit) -> int:
+    """Memory that the step of a unit may take on each device beside its source and its output."""
+    target = unit.target
+    shape = target.sharding.shard_shape(target.shape)[target.is_stacked :]
+    if target.is_taken_over:
+        shards = (
+            child.sharding.shard_shape(child.shape)[target.is_stacked :] for child in jax.tree.leaves(target.stored)
+        )
+        return max(temporary_bytes(shard, None) for shard in shards)
+    decoded = 0
+    if target.is_decoded:
+        rows = unit.stop - unit.start
+        decoded = math.prod((rows, *shape[1:])) * np.dtype(np.float32).itemsize
+    return temporary_bytes(shape, target.format) + decoded

@@ -6,7 +6,6 @@ XLA experts and chunks of rows are visited one after the other, so what lives in
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -15,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array
@@ -27,6 +25,8 @@ from pallas_kernels.quantize import kernel_for, matrix_amax, quantize_into
 CHUNK_ELEMENTS = 2**21  # worked on at once: 8 MiB in f32
 COPIES, PLAIN_COPIES = 4, 2  # of a chunk in f32 that a compiled program may hold: quantizing, copying
 SMALL_TEMPORARIES = 2**16  # what it takes beside: sums, flags
+
+AxisNames = tuple[tuple[str, ...], tuple[str, ...]]  # of a mesh, that shard N and K
 
 
 def chunk_rows(shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
@@ -71,6 +71,7 @@ class PartLayout:
 
     permutation: tuple[int, ...]  # for each axis of the leaf (less S, for a half) the stored axis
     half: int | None
+    child: str = ""  # of codes and scales that are stored: which
 
     @property
     def is_natural(self) -> bool:
@@ -96,18 +97,20 @@ def row_major(x: Array) -> Array:
 
 
 def quantize_step(
-    fmt: Format, layouts: Sequence[PartLayout], *, use_kernels: bool = True
+    fmt: Format, layouts: Sequence[PartLayout], *, axis_names: AxisNames = ((), ())
 ) -> Callable[..., tuple[QuantizedArray, Stats]]:
     """The step `(out, parts, start) -> (out, stats)` of a leaf `[E, (2,) N, K]` that is quantized as `fmt`.
 
-    Without `use_kernels` it is XLA that can be spread over several devices.
+    Inside `shard_map` all are those of one device; `axis_names` are the mesh axes that shard N and K.
     """
+    spans_shards = any(spans and names for spans, names in zip(fmt.spans(), axis_names, strict=True))
+    use_kernels = fmt.whole_matrix or not spans_shards  # which take a maximum over their own part only
 
     def visits(out: QuantizedArray, part: Array, layout: PartLayout, start: Array) -> Sequence[_Whole | _Half]:
         if use_kernels and layout.is_natural and kernel_for(out, part, layout.half) is not None:
             return [_Whole(part, layout.half, start)]
         halves = (layout.half,) if layout.half is not None or out.ndim == 3 else range(out.shape[1])
-        return [_Half(part, layout, half, out.shape, fmt, start) for half in halves]
+        return [_Half(part, layout, half, out.shape, fmt, start, axis_names) for half in halves]
 
     def step(out: QuantizedArray, parts: Sequence[Array], start: Array) -> tuple[QuantizedArray, Stats]:
         zeros = jnp.zeros((_rows(parts, layouts),), jnp.float32)
@@ -117,6 +120,8 @@ def quantize_step(
             amax = zeros
             for each in itertools.chain(*by_part):
                 amax = each.amax(amax)
+            everywhere = tuple(name for names in axis_names for name in names)
+            amax = lax.pmax(amax, everywhere) if everywhere else amax
         carry: Any = out, zeros, zeros
         finite = []
         for visited in by_part:
@@ -132,13 +137,13 @@ def quantize_step(
 
 
 def matrix_step(
-    fmt: Format, layouts: Sequence[PartLayout], *, use_kernels: bool = True
+    fmt: Format, layouts: Sequence[PartLayout], *, axis_names: AxisNames = ((), ())
 ) -> Callable[..., tuple[QuantizedArray, Stats]]:
     """The step of a leaf `[N, K]`: that of one expert."""
     step = quantize_step(
         fmt,
         [PartLayout(permutation=(0, *(axis + 1 for axis in each.permutation)), half=None) for each in layouts],
-        use_kernels=use_kernels,
+        axis_names=axis_names,
     )
 
     def one(out: QuantizedArray, parts: Sequence[Array], start: Array) -> tuple[QuantizedArray, Stats]:
@@ -178,6 +183,7 @@ class _Half:
     shape: tuple[int, ...]  # of the finished leaf
     fmt: Format
     start: Array
+    axis_names: AxisNames
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -203,7 +209,9 @@ class _Half:
 
         def chunk(carry: Any, x: Array, expert: Array, row: Array) -> Any:
             (out, error, norm), finite = carry
-            q = quantize(x, fmt, amax=None if amax is None else amax[expert])
+            # The maximum of a whole matrix is known, that of a row only as far as this device has it.
+            axis_names = ((), ()) if amax is not None else ((), self.axis_names[1])
+            q = quantize(x, fmt, amax=None if amax is None else amax[expert], axis_names=axis_names)
             at: tuple[Array | int, ...] = (self.start + expert, *self.lead)
             values = update(out.values, q.values, (*at, row, 0))
             scales = update(out.scales, q.scales, (*at, 0, row // (fmt.block[0] or n)))
@@ -301,54 +309,3 @@ def _is_finite(x: Array, axes: Sequence[int] | None = None) -> Array:
 
 def _rows(parts: Sequence[Array], layouts: Sequence[PartLayout]) -> int:
     return parts[0].shape[layouts[0].permutation[0]] if parts[0].ndim else 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """A step ready to run."""
-
-    call: Callable[..., tuple[Any, Stats]]
-    temporary_bytes: int  # on each device; 0 where the backend does not tell
-
-
-class StepCache:
-    """Compiles each step once per signature: format, layouts, shapes, dtypes, shardings."""
-
-    def __init__(self) -> None:
-        self._compiled: dict[Any, Compiled] = {}
-
-    def __len__(self) -> int:
-        return len(self._compiled)
-
-    def get(self, stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
-        """The step for a finished leaf like `stored` and parts like these."""
-        key = (
-            tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(stored)),
-            stored.format if isinstance(stored, QuantizedArray) else None,
-            layouts,
-            tuple((part.shape, part.dtype, part.sharding) for part in parts),
-        )
-        if key not in self._compiled:
-            self._compiled[key] = _compile(stored, layouts, parts)
-        return self._compiled[key]
-
-
-def _compile(stored: Any, layouts: tuple[PartLayout, ...], parts: Sequence[jax.ShapeDtypeStruct]) -> Compiled:
-    devices = {device for leaf in jax.tree.leaves(stored) for device in leaf.sharding.device_set}
-    if isinstance(stored, QuantizedArray):
-        make = matrix_step if stored.ndim == 2 else quantize_step
-        step: Any = make(stored.format, layouts, use_kernels=len(devices) == 1)
-    else:
-        step = copy_step(stored, layouts)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, stored)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    place = jax.default_device(*devices) if len(devices) == 1 else contextlib.nullcontext()  # where kernels will run
-    with place:
-        compiled = jitted.lower(stored, list(parts), jax.ShapeDtypeStruct((), np.int32)).compile()
-    analysis = compiled.memory_analysis()
-    return Compiled(compiled, 0 if analysis is None else analysis.temp_size_in_bytes)
-
-
-def allocate(stored: Any) -> Any:
-    """Zeros in the shape, dtype and sharding of `stored`, for steps to write into."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), stored)

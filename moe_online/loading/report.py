@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Iterable
@@ -27,7 +28,8 @@ class TensorReport:
     rule: str  # what chose the scheme
     source_bytes: int
     stored_bytes: int
-    quantized: bool
+    is_quantized: bool  # as it is stored; of what came quantized nothing was lost
+    quantized: bool  # by this load
     # Relative L2 of what quantization changed. None: not quantized, or numbers whose squares f32 cannot hold, or zeros.
     error: float | None
     worst_expert_error: float | None  # of the experts of which it can be told
@@ -52,6 +54,17 @@ class LoadReport:
     def to_json(self) -> dict[str, Any]:
         """The same facts for machines."""
         return dataclasses.asdict(self)
+
+    @property
+    def summary(self) -> str:
+        """One line for a log: layers by scheme, and what chose it; bytes, seconds, peak."""
+        layers = collections.Counter((t.scheme, t.rule) for t in self.tensors if t.is_quantized)
+        kinds = ", ".join(f"{n} tensors as {scheme} ({rule})" for (scheme, rule), n in layers.items())
+        return (
+            f"loaded {self.source}: {kinds or 'nothing quantized'}; read {human_bytes(self.read_bytes)}, kept "
+            f"{human_bytes(self.resident_bytes)} in {self.seconds:.1f} s; peak on the device "
+            f"{human_bytes(self.peak_bytes)} (planned {human_bytes(self.planned_peak_bytes)})"
+        )
 
     def __str__(self) -> str:
         return rendered(self)

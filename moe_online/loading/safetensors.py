@@ -6,25 +6,29 @@ and the tensors, row-major and little-endian, end to end.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from etils import epath
 
 from moe_online.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint
+from moe_online.loading.files import Place, Reader, open_place
 from moe_online.loading.messages import listed
+from moe_online.loading.retry import AGAIN, first_line, read_error
 from moe_online.loading.source import Index, StoredTensor
 
 SUFFIX = ".safetensors"
 WHOLE = "model.safetensors"  # of a checkpoint in one file, and the index of one in several, as transformers names them
 INDEX = f"{WHOLE}.index.json"
 MAX_HEADER = 100_000_000  # bytes; what the format allows
+HEADERS_AT_ONCE = 16  # files whose headers are read at a time
+LEAST_RUN = 2**20  # bytes: shorter runs of a part are not asked for one by one, but cut from what they lie in
 DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
     **{f"U{8 * size}": np.dtype(f"<u{size}") for size in (1, 2, 4, 8)},
@@ -38,143 +42,200 @@ DTYPES: dict[str, np.dtype[Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _Tensor:
     """Where a tensor lies."""
 
-    file: epath.Path
+    stored: StoredTensor
+    file: Place
+    reader: Reader
     offset: int  # bytes, from the beginning of the file
-    tensor: StoredTensor
 
 
 class SafetensorsSource:
-    """The tensors of a safetensors file, or of a folder of them such as transformers saves.
+    """The tensors of a safetensors file, or of a folder of them such as transformers saves. Several threads may read.
 
     Args:
-      path: A file, or a folder. In a folder with an index, the files that it names; else `model.safetensors`, or all.
+      path: A file, or a folder: a path or a URL. In a folder with an index, the files that it names; else
+        `model.safetensors`, or all (of a web server, which lists nothing, the first two).
 
     Raises:
-      CheckpointNotFound: there is nothing at the path, or a file that the index names is missing.
-      CheckpointError: a folder without such files, or a dtype that numpy does not have.
+      CheckpointNotFound: there is nothing at the path, or files that the index names are missing.
+      CheckpointError: a folder without such files, a dtype that numpy does not have, or a place out of reach.
       CorruptCheckpoint: a header cannot be read, contradicts the file's size or the index, or two files hold one name.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        root = epath.Path(os.fspath(path)).expanduser()
+        root = open_place(path)
         self.description = str(root)
-        if not root.exists():
-            raise CheckpointNotFound(f"there is nothing at {root}; give a {SUFFIX} file or the folder that holds them")
-        self._places: dict[str, _Place] = {}
-        files, promised = _files(root)
-        for file in files:
-            for place in _header(file):
-                name = place.tensor.name
-                if name in self._places:
-                    raise CorruptCheckpoint(
-                        f"{name} is in {self._places[name].file} and in {file}; keep one of them", names=[name]
-                    )
-                self._places[name] = place
-        lost = [name for name, file in promised.items() if name not in self._places or self._places[name].file != file]
+        try:
+            files, promised = _files(root)
+            headers = _headers(root, files)
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise read_error(str(root), error) from error
+        self._found: dict[str, _Tensor] = {}
+        for tensor in (tensor for header in headers for tensor in header):
+            name = tensor.stored.name
+            if name in self._found:
+                raise CorruptCheckpoint(
+                    f"{name} is in {self._found[name].file} and in {tensor.file}; keep one of them", names=[name]
+                )
+            self._found[name] = tensor
+        lost = [name for name, file in promised.items() if name not in self._found or self._found[name].file != file]
         if lost:
             raise CorruptCheckpoint(
                 f"{root / INDEX} promises {listed(lost, 'tensor')} that its file lacks; copy the checkpoint again",
                 names=lost,
             )
+        self._tensors = {name: tensor.stored for name, tensor in self._found.items()}
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every tensor by its name."""
-        return {name: place.tensor for name, place in self._places.items()}
+        return self._tensors
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of a tensor; `CorruptCheckpoint` where the file is gone or ends before it."""
-        place = self._places[name]
-        tensor = place.tensor
-        rows = index[0] if index else slice(0, 1)
-        row_bytes = tensor.nbytes // max(tensor.shape[0] if tensor.shape else 1, 1)
-        part = np.empty((rows.stop - rows.start, *tensor.shape[1:]), tensor.dtype)
-        if not index:
-            part = part.reshape(())
-        if part.nbytes:
-            _read_into(part, place, rows.start * row_bytes)
-        if all((s.start, s.stop) == (0, size) for s, size in zip(index[1:], tensor.shape[1:], strict=True)):
-            return part
-        return part[(slice(None), *index[1:])].copy()
+        """A part of a tensor.
+
+        Raises:
+          CorruptCheckpoint: the file is gone, has changed or ends before it.
+          CheckpointError: the file cannot be reached any more.
+        """
+        part = np.empty([s.stop - s.start for s in index], self._tensors[name].dtype)
+        self.read_into(name, index, part)
+        return part
+
+    def read_into(self, name: str, index: Index, out: np.ndarray) -> None:
+        """Fills `out`, C-contiguous and of the part's shape and dtype, with a part of a tensor; raises as `read`."""
+        assert out.flags.c_contiguous, "its bytes are filled in order"
+        tensor = self._found[name]
+        try:
+            _read_part(tensor, index, out)
+        except OSError as error:
+            raise read_error(f"{name} in {tensor.file}", error, names=[name]) from error
 
 
-def _files(root: epath.Path) -> tuple[list[epath.Path], dict[str, epath.Path]]:
+def _read_part(tensor: _Tensor, index: Index, out: np.ndarray) -> None:
+    """Reads each run of bytes that lie together; where these are short, all between the first and last row."""
+    shape, itemsize = tensor.stored.shape, out.itemsize
+    if not out.size:
+        return
+    whole = len(shape)  # axes from here on are whole, so that what they span lies together
+    while whole and (index[whole - 1].start, index[whole - 1].stop) == (0, shape[whole - 1]):
+        whole -= 1
+    outer = max(whole - 1, 0)  # axes before this one: each of their indices has a run of its own
+    run_bytes = math.prod(out.shape[outer:]) * itemsize
+    if run_bytes < out.nbytes and run_bytes < LEAST_RUN:
+        rows = np.empty((out.shape[0], *shape[1:]), out.dtype)
+        _read_part(tensor, (index[0], *(slice(0, size) for size in shape[1:])), rows)
+        out[...] = rows[(slice(None), *index[1:])]
+        return
+    strides = [math.prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape))]
+    data = out.reshape(-1).view(np.uint8).data
+    for i, at in enumerate(np.ndindex(*out.shape[:outer])):
+        first = (*(s.start + k for s, k in zip(index, at, strict=False)), *(s.start for s in index[outer:]))
+        offset = sum(k * stride for k, stride in zip(first, strides, strict=True))
+        tensor.reader.read_into(data[i * run_bytes : (i + 1) * run_bytes], tensor.offset + offset)
+
+
+def _files(root: Place) -> tuple[list[Place], dict[str, Place]]:
     """The files of a checkpoint, and which of them the index, if there is one, promises each name to be in."""
-    if not root.is_dir():
+    if root.can_list and not root.exists():
+        raise CheckpointNotFound(f"there is nothing at {root}; give a {SUFFIX} file or the folder that holds them")
+    if not (root.is_dir() if root.can_list else not root.name.endswith(SUFFIX)):
         return [root], {}
     if (root / INDEX).exists():
-        try:
-            promised = {
-                name: root / file for name, file in json.loads((root / INDEX).read_text())["weight_map"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise CorruptCheckpoint(f"{root / INDEX} cannot be read: {error}. Copy the checkpoint again.") from error
-        files = list(dict.fromkeys(promised.values()))
-        missing = [file.name for file in files if not file.exists()]
-        if missing:
-            raise CheckpointNotFound(f"{root / INDEX} names files that are not there: {', '.join(missing)}")
-        return files, promised
+        promised = _promised(root)
+        return list(dict.fromkeys(promised.values())), promised
     if (root / WHOLE).exists():
         return [root / WHOLE], {}
-    files = sorted(root.glob(f"*{SUFFIX}"), key=str)
+    if not root.can_list:
+        raise CheckpointNotFound(
+            f"{root} has neither {INDEX} nor {WHOLE}, and web servers do not list what else is there; give the file"
+        )
+    files = sorted((file for file in root.files() if file.name.endswith(SUFFIX)), key=str)
     if not files:
         raise CheckpointError(f"{root} holds no {SUFFIX} files")
     return files, {}
 
 
-def is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether there is a safetensors file, or a folder of them, at the path."""
-    root = epath.Path(os.fspath(path)).expanduser()
-    return root.suffix == SUFFIX or (root.is_dir() and any(root.glob(f"*{SUFFIX}")))
-
-
-def _header(file: epath.Path) -> list[_Place]:
-    """The tensors of one file, checked against its size."""
+def _promised(root: Place) -> dict[str, Place]:
+    """The file of each tensor, as the index of a folder has it."""
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if not 2 <= length <= MAX_HEADER:
-                raise ValueError(f"its header would take {length} bytes")
-            header = json.loads(opened.read(length))
-        size = file.stat().length - 8 - length
+        files = json.loads((root / INDEX).read_bytes())["weight_map"]
+        places = {file: root / file for file in files.values()}
+        return {name: places[file] for name, file in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpoint(f"{root / INDEX} cannot be read: {first_line(error)}. {AGAIN}") from error
+
+
+def is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether there is a safetensors file, or a folder of them, at the path or URL.
+
+    Raises:
+      CheckpointError: the place cannot be reached.
+    """
+    root = open_place(path)
+    if root.name.endswith(SUFFIX):
+        return True
+    try:
+        if not root.can_list:
+            return (root / INDEX).exists() or (root / WHOLE).exists()
+        return root.is_dir() and any(file.name.endswith(SUFFIX) for file in root.files())
+    except OSError as error:
+        raise read_error(str(root), error) from error
+
+
+def _headers(root: Place, files: Sequence[Place]) -> list[list[_Tensor]]:
+    """The tensors of each file."""
+
+    def header(file: Place) -> list[_Tensor] | FileNotFoundError:
+        try:
+            return _header(file)
+        except FileNotFoundError as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(HEADERS_AT_ONCE, thread_name_prefix="moe-online-headers") as pool:
+        found = list(pool.map(header, files))
+    missing = [file for file, header in zip(files, found, strict=True) if isinstance(header, FileNotFoundError)]
+    if missing == [root]:
+        raise CheckpointNotFound(f"there is nothing at {root}; give a {SUFFIX} file or the folder that holds them")
+    if missing:
+        names = ", ".join(file.name for file in missing)
+        raise CheckpointNotFound(f"{root / INDEX} names files that are not there: {names}")
+    return [header for header in found if not isinstance(header, FileNotFoundError)]
+
+
+def _header(file: Place) -> list[_Tensor]:
+    """The tensors of one file, checked against its size."""
+    reader = file.reader()
+    try:
+        length = int.from_bytes(reader.read(8, 0), "little")
+        if not 2 <= length <= MAX_HEADER:
+            raise ValueError(f"its header would take {length} bytes")
+        header = json.loads(reader.read(length, 8))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         unknown = {str(entry["dtype"]) for entry in entries.values()} - set(DTYPES)
         if unknown:
             raise CheckpointError(f"{file} has tensors of {', '.join(sorted(unknown))}, which numpy does not have")
-        return [_place(file, name, entry, 8 + length, size) for name, entry in entries.items()]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CorruptCheckpoint(
-            f"{file} is no {SUFFIX} file, or damaged: {error}. Copy it again from where it was saved."
-        ) from error
+        tensors = [
+            _Tensor(_stored(name, entry), file, reader, 8 + length + int(entry["data_offsets"][0]))
+            for name, entry in entries.items()
+        ]
+        end = max((tensor.offset + tensor.stored.nbytes for tensor in tensors), default=0)
+        if end > 8 + length:
+            reader.read(1, end - 1)  # fails where the file has been cut off
+        return tensors
+    except FileNotFoundError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, OSError) as error:
+        raise read_error(str(file), error, damaged=f"is no {SUFFIX} file, or damaged") from error
 
 
-def _place(file: epath.Path, name: str, entry: Mapping[str, Any], data: int, size: int) -> _Place:
+def _stored(name: str, entry: Mapping[str, Any]) -> StoredTensor:
     shape, dtype = tuple(int(n) for n in entry["shape"]), DTYPES[entry["dtype"]]
     begin, end = entry["data_offsets"]
-    nbytes = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or not 0 <= begin <= end <= size or end - begin != nbytes:
-        raise ValueError(f"{name} {entry['dtype']} {shape} does not fit into bytes {begin} to {end} of {size}")
-    chunk = (1, *shape[1:]) if shape else ()
-    return _Place(file, data + begin, StoredTensor(name=name, shape=shape, dtype=dtype, chunk=chunk))
-
-
-def _read_into(part: np.ndarray, place: _Place, offset: int) -> None:
-    """Fills `part` with the bytes from `offset` of a tensor on."""
-    target = part.reshape(-1).view(np.uint8).data
-    try:
-        with place.file.open("rb") as opened:
-            opened.seek(place.offset + offset)
-            done = 0
-            while done < len(target):
-                count = opened.readinto(target[done:])
-                if not count:
-                    raise OSError(f"the file ends {len(target) - done} bytes early")
-                done += count
-    except OSError as error:
-        raise CorruptCheckpoint(
-            f"{place.tensor.name} in {place.file} cannot be read: {error}. Copy it again from where it was saved.",
-            names=[place.tensor.name],
-        ) from error
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} {entry['dtype']} {shape} does not fit into bytes {begin} to {end}")
+    return StoredTensor(name=name, shape=shape, dtype=dtype, chunk=(1, *shape[1:]) if shape else ())

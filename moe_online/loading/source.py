@@ -33,7 +33,10 @@ class StoredTensor:
 
 @runtime_checkable
 class CheckpointSource(Protocol):
-    """Anything that can list its tensors and read parts of them. `read` is called from one thread at a time."""
+    """Anything that can list its tensors and read parts of them.
+
+    `read` is called from one thread at a time, but for sources that are an `InPlaceSource` too.
+    """
 
     @property
     def description(self) -> str:
@@ -47,6 +50,19 @@ class CheckpointSource(Protocol):
 
     def read(self, name: str, index: Index) -> np.ndarray | jax.Array:
         """A part of a tensor, in memory of its own.
+
+        Raises:
+          CorruptCheckpoint: the stored bytes cannot be decoded.
+        """
+        ...
+
+
+@runtime_checkable
+class InPlaceSource(Protocol):
+    """A `CheckpointSource` that several threads may read from at once, into arrays that are there."""
+
+    def read_into(self, name: str, index: Index, out: np.ndarray) -> None:
+        """Fills `out`, row-major, of the region's shape and dtype.
 
         Raises:
           CorruptCheckpoint: the stored bytes cannot be decoded.
@@ -94,6 +110,15 @@ def _copy_part(array: jax.Array, starts: jax.Array, sizes: tuple[int, ...]) -> j
 _copy = jax.jit(_copy_part, static_argnames="sizes")
 
 
+def prefixed(source: CheckpointSource, prefix: str) -> CheckpointSource:
+    """The part of a source below a name.
+
+    Raises:
+      ConfigError: there is nothing below it.
+    """
+    return PrefixedInPlace(source, prefix) if isinstance(source, InPlaceSource) else Prefixed(source, prefix)
+
+
 class Prefixed:
     """The part of a source below a name."""
 
@@ -117,3 +142,11 @@ class Prefixed:
     def read(self, name: str, index: Index) -> np.ndarray | jax.Array:
         """A part of a tensor."""
         return self._source.read(self._prefix + name, index)
+
+
+class PrefixedInPlace(Prefixed):
+    """The same of one that reads into arrays."""
+
+    def read_into(self, name: str, index: Index, out: np.ndarray) -> None:
+        """A part of a tensor."""
+        self._source.read_into(self._prefix + name, index, out)  # type: ignore[attr-defined]

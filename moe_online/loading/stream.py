@@ -5,34 +5,42 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import logging
 import math
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moe_online.errors import CorruptCheckpoint, NonFiniteWeight
 from moe_online.loading.memory import PeakMeter
 from moe_online.loading.messages import listed
+from moe_online.loading.parts import Part
 from moe_online.loading.plan import LoadPlan
-from moe_online.loading.quantizer import Compiled, PartLayout, StepCache, allocate
+from moe_online.loading.quantizer import PartLayout
+from moe_online.loading.reader import Reader
 from moe_online.loading.report import LoadReport, TensorReport
-from moe_online.loading.source import CheckpointSource
+from moe_online.loading.rules import EXPERT, LAYER
+from moe_online.loading.sinks import Sink
+from moe_online.loading.source import CheckpointSource, InPlaceSource
+from moe_online.loading.steps import Compiled, StepCache
 from moe_online.loading.units import Target, Unit, stored_bytes
+
+logger = logging.getLogger("moe_online")
 
 LEAST_SQUARE = 2.0**-100  # in the mean: then f32 also holds the square of an error that is 2**13 times smaller
 
 
 @dataclasses.dataclass
 class _Progressing:
-    """A leaf while its units come in."""
+    """What is found out about a leaf while its units come in."""
 
-    array: Any
     error: list[np.ndarray] = dataclasses.field(default_factory=list)  # per unit [rows]
     norm: list[np.ndarray] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
@@ -65,11 +73,17 @@ class _Failures:
             )
 
 
-def run(plan: LoadPlan, source: CheckpointSource, *, progress: bool) -> tuple[dict[str, Any], LoadReport]:
+def run(
+    plan: LoadPlan, source: CheckpointSource, sink: Sink, *, progress: bool, steps: StepCache | None = None
+) -> LoadReport:
     """Loads all units of a plan.
 
-    Returns:
-      The finished leaves by name, and the report.
+    Args:
+      plan: What to do.
+      source: Where from.
+      sink: Where to; it drops everything where there is an error.
+      progress: Shows a progress bar.
+      steps: Compiled steps to use and to add to; None: they go when the load is done.
 
     Raises:
       CorruptCheckpoint: stored bytes cannot be decoded.
@@ -77,21 +91,22 @@ def run(plan: LoadPlan, source: CheckpointSource, *, progress: bool) -> tuple[di
     """
     begin = time.perf_counter()
     devices = {device: None for target in plan.targets for device in target.sharding.addressable_devices}
-    meter, steps, failures = PeakMeter(devices), StepCache(), _Failures()
-    leaves: dict[str, _Progressing] = {}
+    meter, failures = PeakMeter(devices), _Failures()
+    steps = StepCache() if steps is None else steps
+    leaves = {target.name: _Progressing() for target in plan.targets}
     try:
         with _bar(progress) as bar:
             task = bar.add_task("compiling", total=plan.read_bytes)
             for unit in plan.units:  # all before the first is read: XLA's autotuning takes memory of its own
-                _step(unit, steps)
+                _step(unit, sink, steps)
             bar.update(task, description="loading")
             for unit, parts in _fetched(plan, source, meter, failures):
                 if parts is not None:
-                    _store(unit, parts, leaves, steps, meter, failures)
+                    _store(unit, parts, leaves[unit.target.name], sink, steps, meter, failures)
                 bar.update(task, advance=unit.nbytes)
         failures.raise_if_any(plan.source)
     except BaseException:
-        _delete([leaf.array for leaf in leaves.values()])  # a traceback would keep them on the device
+        sink.drop()
         raise
     report = LoadReport(
         source=plan.source,
@@ -105,103 +120,131 @@ def run(plan: LoadPlan, source: CheckpointSource, *, progress: bool) -> tuple[di
         compiled_steps=len(steps),
         seconds=time.perf_counter() - begin,
     )
-    return {name: leaf.array for name, leaf in leaves.items()}, report
+    logger.info(report.summary)
+    return report
 
 
 def _fetched(
     plan: LoadPlan, source: CheckpointSource, meter: PeakMeter, failures: _Failures
 ) -> Iterator[tuple[Unit, list[jax.Array] | None]]:
-    """Yields the units in order with their parts on the device; at most 1 + prefetch of them exist at a time."""
-    reader = _Reader(source)
+    """Yields the units in order with their parts on the devices; at most 1 + prefetch of them exist there at a time.
 
-    def fetch(unit: Unit) -> list[jax.Array] | None:
+    One thread reads a unit further ahead into the host's memory, another hands over to the devices.
+    """
+    reader = Reader(source, plan.units)
+    # What any other source gives may be on a device already, and would count there.
+    ahead = plan.prefetch + 1 if isinstance(source, InPlaceSource) else 0
+
+    def read(unit: Unit) -> list[dict[jax.Device, Any]] | None:
         try:
-            parts = [
-                jax.device_put(host, aval.sharding) for host, aval in zip(reader.read(unit), unit.parts, strict=True)
-            ]
+            return reader.read(unit)
         except CorruptCheckpoint as error:
             failures.corrupt.append(error)
             return None
-        meter.sample_host()
-        return parts
+        finally:
+            meter.sample_host()
 
-    with ThreadPoolExecutor(1, thread_name_prefix="moe-online-reader") as pool:
-        units = iter(plan.units)
-        waiting = collections.deque((unit, pool.submit(fetch, unit)) for unit in itertools.islice(units, plan.prefetch))
+    def put(unit: Unit, waiting: Future[Any]) -> list[jax.Array] | None:
+        arrays = waiting.result()
+        if arrays is None:
+            return None
+        return [_put(of_part, aval) for of_part, aval in zip(arrays, unit.parts, strict=True)]
+
+    with ThreadPoolExecutor(1, "moe-online-reader") as readers, ThreadPoolExecutor(1, "moe-online-copier") as copiers:
+        to_read, to_put = iter(plan.units), iter(plan.units)
+        on_host = collections.deque(readers.submit(read, u) for u in itertools.islice(to_read, ahead))
+        on_device: collections.deque[tuple[Unit, Future[Any]]] = collections.deque()
+
+        def put_next(count: int) -> None:
+            for unit in itertools.islice(to_put, count):
+                on_host.extend(readers.submit(read, u) for u in itertools.islice(to_read, 1))
+                on_device.append((unit, copiers.submit(put, unit, on_host.popleft())))
+
         try:
+            put_next(plan.prefetch)
             while True:
-                # Asked for only now that the consumer has freed the unit before: the bound depends on it.
-                waiting.extend((unit, pool.submit(fetch, unit)) for unit in itertools.islice(units, 1))
-                if not waiting:
+                put_next(1)  # asked for only now that the consumer has freed the unit before: the bound depends on it
+                if not on_device:
                     return
-                unit, future = waiting.popleft()
+                unit, future = on_device.popleft()
                 yield unit, future.result()
         finally:
-            pool.shutdown(cancel_futures=True)
+            reader.close()
+            for pool in (readers, copiers):
+                pool.shutdown(cancel_futures=True)
 
 
-class _Reader:
-    """Cuts units from blocks, of which it keeps the present one."""
-
-    def __init__(self, source: CheckpointSource):
-        self._source = source
-        self._key: Any = None
-        self._block: list[Any] = []
-
-    def read(self, unit: Unit) -> list[Any]:
-        """The parts of a unit on the host (or, of a source on devices, there)."""
-        key = (unit.target.name, unit.block)
-        if key != self._key:
-            self._key, self._block = None, []  # the old block goes before the new one comes
-            self._block = [part.read(self._source, unit.target.index(part, *unit.block)) for part in unit.target.parts]
-            self._key = key
-        block, (start, stop) = self._block, unit.block
-        if unit.stop == stop:
-            self._key, self._block = None, []
-        if (unit.start, unit.stop) == (start, stop):
-            return block
-        return [
-            array[unit.target.index(part, unit.start - start, unit.stop - start)]
-            for part, array in zip(unit.target.parts, block, strict=True)
-        ]
+def _put(by_device: Mapping[jax.Device, Any], aval: jax.ShapeDtypeStruct) -> jax.Array:
+    """One part on the devices, each of which gets its own region."""
+    if len(by_device) == 1 and isinstance(aval.sharding, SingleDeviceSharding):
+        array: jax.Array = jax.device_put(next(iter(by_device.values())), aval.sharding)
+        return array
+    arrays = [jax.device_put(array, device) for device, array in by_device.items()]
+    return jax.make_array_from_single_device_arrays(aval.shape, aval.sharding, arrays)
 
 
 def _store(
     unit: Unit,
     parts: list[jax.Array],
-    leaves: dict[str, _Progressing],
+    leaf: _Progressing,
+    sink: Sink,
     steps: StepCache,
     meter: PeakMeter,
     failures: _Failures,
 ) -> None:
-    """Writes one unit into its leaf and frees its source."""
+    """Writes one unit to its place and frees its source."""
     begin = time.perf_counter()
     target = unit.target
-    step = _step(unit, steps)
+    step = _step(unit, sink, steps)
     try:
-        if target.name not in leaves:
-            leaves[target.name] = _Progressing(allocate(target.stored))
-        leaf = leaves[target.name]
-        leaf.array, stats = step.call(leaf.array, parts, np.int32(unit.start))
-        jax.block_until_ready((leaf.array, stats))
+        out, start = sink.begin(unit)
+        array, stats = step.call(out, parts, np.int32(start))
+        jax.block_until_ready((array, stats))
         meter.sample(step.temporary_bytes * len(target.sharding.device_set))
+        sink.finish(unit, array)
     finally:
         _delete(parts)
     stats = jax.device_get(stats)
     for source, finite in zip(target.parts, stats.finite, strict=True):
         if not finite.all():
-            first = int(unit.start + np.argmin(finite)) if "E" in (source.axes or target.leaf.axes or "") else None
-            failures.not_finite.setdefault(source.stored.name, first)
+            has_experts = EXPERT in (source.axes or target.leaf.axes or "") and not target.is_matrix
+            first = int(unit.experts[np.argmin(finite)]) if has_experts else None
+            failures.not_finite.setdefault(source.name_at(_place(unit, source, first or 0)), first)
     leaf.error.append(stats.error)
     leaf.norm.append(stats.norm)
     leaf.seconds += time.perf_counter() - begin
 
 
-def _step(unit: Unit, steps: StepCache) -> Compiled:
+def _place(unit: Unit, part: Part, expert: int) -> int:
+    """Which of a part's tensors holds this expert."""
+    if not part.outer:
+        return 0
+    layer = unit.start // max(unit.target.local_rows // unit.target.shape[0], 1) if unit.target.is_stacked else 0
+    counted = {LAYER: layer, EXPERT: expert}
+    of_axis = [counted[letter] for letter in (part.axes or "")[: len(part.outer)]]
+    return int(np.ravel_multi_index(of_axis, part.outer))
+
+
+def _step(unit: Unit, sink: Sink, steps: StepCache) -> Compiled:
     """The function that stores a unit, compiled if no unit like it came before."""
     target = unit.target
-    layouts = tuple(PartLayout(permutation=target.permutation(part), half=part.half) for part in target.parts)
-    return steps.get(target.stored, layouts, unit.parts)
+    layouts = tuple(_layout(target, part) for part in target.parts)
+    stored = sink.stored(unit)
+    return steps.get(
+        stored,
+        layouts,
+        unit.parts,
+        source=target.source_format,
+        is_stacked=target.is_stacked and stored is target.stored,
+        is_turned=target.is_turned,
+    )
+
+
+def _layout(target: Target, part: Part) -> PartLayout:
+    order = target.permutation(part)
+    if target.is_stacked:  # a unit is of one layer
+        order = tuple(axis - (axis > order[0]) for axis in order[1:])
+    return PartLayout(permutation=order, half=part.half, child=part.child)
 
 
 def _delete(arrays: Any) -> None:
@@ -211,19 +254,20 @@ def _delete(arrays: Any) -> None:
 
 def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
     error, norm = np.concatenate(leaf.error), np.concatenate(leaf.norm)
-    quantized, size = target.format is not None, math.prod(target.shape)
+    quantized, size = target.format is not None and not target.is_taken_over, math.prod(target.shape)
     worst = None
     if quantized and not target.is_matrix:
         each = (_relative_l2(*sums, size // max(len(error), 1)) for sums in zip(error, norm, strict=True))
         worst = max((found for found in each if found is not None), default=None)
     return TensorReport(
         name=target.name,
-        sources=tuple(part.stored.name for part in target.parts),
+        sources=tuple(name for part in target.parts for name in part.names),
         shape=target.shape,
         scheme=target.scheme,
         rule=target.rule,
-        source_bytes=target.source_bytes(target.shape[0] if target.shape else 1),
+        source_bytes=target.source_bytes(target.local_rows),
         stored_bytes=stored_bytes(target),
+        is_quantized=target.format is not None,
         quantized=quantized,
         error=_relative_l2(error.sum(dtype=np.float64), norm.sum(dtype=np.float64), size) if quantized else None,
         worst_expert_error=worst,

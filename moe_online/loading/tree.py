@@ -22,6 +22,7 @@ from pallas_kernels import QuantizedArray
 KERNEL, KERNEL_AXES = "kernel", "KN"  # of a `moe_online.flax.Linear`, as it is declared
 WEIGHTS = ("w13_weight", "w2_weight", KERNEL)  # what a scheme quantizes
 HALVES = ("gate", "up")  # of the tensors with a gate/up axis
+STACK = "L"  # an axis of layers before all others
 FIELD_AXES = {  # of the tensors of ExpertWeights: E expert, S gate or up, N output, K contraction
     "w13_weight": "ESNK",
     "w2_weight": "ENK",
@@ -119,7 +120,7 @@ def _leaves(name: str, node: Any, modules: Mapping[str, nnx.Module]) -> list[Lea
         return [_single(name, node, modules)]
     leaves = [_of_experts(name, field, value) for field, value in _fields(name, node, FIELD_AXES)]
     if node.shared is not None:
-        layer = _join(name, SHARED)
+        layer = join(name, SHARED)
         leaves += [_of_shared_experts(layer, field, value) for field, value in _fields(layer, node.shared, SHARED_AXES)]
     return leaves
 
@@ -129,21 +130,24 @@ def _fields(name: str, node: Any, axes: Mapping[str, str]) -> Iterator[tuple[str
     for field in axes:
         value = getattr(node, field)
         if isinstance(value, QuantizedArray):
-            raise ConfigError(_declared_as_quantized(_join(name, field)))
+            raise ConfigError(_declared_as_quantized(join(name, field)))
         if value is not None:
             yield field, value
 
 
 def _of_experts(layer: str, field: str, aval: Any) -> Leaf:
-    name, axes = _join(layer, field), FIELD_AXES[field]
-    if getattr(aval, "ndim", None) != len(axes):  # of several layers in one, as nnx.vmap makes them
+    name, axes = join(layer, field), FIELD_AXES[field]
+    ndim = getattr(aval, "ndim", None)
+    if ndim == len(axes) + 1:  # of several layers in one, as nnx.vmap makes them
+        axes = STACK + axes
+    elif ndim != len(axes):
         return Leaf(name=name, aval=aval, names=(layer or name,), what="stacked experts")
     return Leaf(name=name, aval=aval, layer=layer, kind="moe", field=field, axes=axes, what="bias of experts")
 
 
 def _of_shared_experts(layer: str, field: str, aval: Any) -> Leaf:
     """They are a dense layer, quantized as one."""
-    name, axes = _join(layer, field), SHARED_AXES[field]
+    name, axes = join(layer, field), SHARED_AXES[field]
     if getattr(aval, "ndim", None) != len(axes):
         return Leaf(name=name, aval=aval, names=(layer,), what="stacked shared experts")
     return Leaf(name=name, aval=aval, layer=layer, kind="linear", field=field, axes=axes, what="gate of shared experts")
@@ -190,18 +194,19 @@ def _filled(name: str, node: Any, arrays: Mapping[str, Any], formats: Mapping[st
     filled = _with_arrays(name, node, FIELD_AXES, arrays, formats)
     if node.shared is None:
         return filled
-    shared = _with_arrays(_join(name, SHARED), node.shared, SHARED_AXES, arrays, formats)
+    shared = _with_arrays(join(name, SHARED), node.shared, SHARED_AXES, arrays, formats)
     return dataclasses.replace(filled, shared=shared)
 
 
 def _with_arrays(
     name: str, node: Any, axes: Mapping[str, str], arrays: Mapping[str, Any], formats: Mapping[str, Any]
 ) -> Any:
-    values = {field: arrays[_join(name, field)] for field in axes if getattr(node, field) is not None}
+    values = {field: arrays[join(name, field)] for field in axes if getattr(node, field) is not None}
     return dataclasses.replace(node, **values, activation_format=formats.get(name))
 
 
-def _join(layer: str, field: str) -> str:
+def join(layer: str, field: str) -> str:
+    """The name of a field of this layer, which may have no name."""
     return f"{layer}.{field}" if layer else field
 
 

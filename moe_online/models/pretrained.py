@@ -1,7 +1,8 @@
 """Models from folders: `load` reads a decoder that was saved with its config, and quantizes it on the way.
 
-A model folder holds `config.json`, which is `DecoderConfig.to_json`, and `checkpoint/`, an Orbax training state as
-`moe_online.assets.train` stores it: parameters below `params`, experts `[E, K, N]` with gate and up apart.
+A model folder holds `config.json`, which is `DecoderConfig.to_json`, and `checkpoint/`: an Orbax training state as
+`moe_online.assets.train` stores it, parameters below `params`, experts `[E, K, N]` with gate and up apart; or an export
+of the model, as `moe-online quantize` writes it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from moe_online import loading
 from moe_online.errors import CheckpointError, CheckpointNotFound, ConfigError, CorruptCheckpoint
 from moe_online.loading import LoadPlan, LoadReport
 from moe_online.loading.api import Quantization
+from moe_online.loading.manifest import Manifest
 from moe_online.models.decoder import Decoder, DecoderConfig
 from moe_online.models.generate import generate
 
@@ -115,13 +117,7 @@ def load(
     """
     abstract, checkpoint = _declare(path, dtype)
     model, report = loading.load(
-        abstract,
-        checkpoint,
-        quantization=quantization,
-        prefix=PREFIX,
-        mapping=MAPPING,
-        mesh=mesh,
-        progress=progress,
+        abstract, checkpoint, quantization=quantization, mesh=mesh, progress=progress, **_layout(checkpoint)
     )
     return CausalLM(model=model, report=report)
 
@@ -135,7 +131,12 @@ def plan(
 ) -> LoadPlan:
     """What `load` with the same arguments would do; reads metadata only and raises what can be known from it."""
     abstract, checkpoint = _declare(path, dtype)
-    return loading.plan(abstract, checkpoint, quantization=quantization, prefix=PREFIX, mapping=MAPPING, mesh=mesh)
+    return loading.plan(abstract, checkpoint, quantization=quantization, mesh=mesh, **_layout(checkpoint))
+
+
+def _layout(checkpoint: epath.Path) -> dict[str, Any]:
+    """How `loading.load` is to read the checkpoint of a model folder: a training state's, or an export's."""
+    return {"prefix": PREFIX, "mapping": MAPPING} if Manifest.read(checkpoint) is None else {}
 
 
 @functools.partial(jax.jit, static_argnames=("graph",))

@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import aot_gpu
 from by_name import by_name
-from moe_online.loading.quantizer import PartLayout, StepCache
+from moe_online.loading.quantizer import PartLayout
+from moe_online.loading.steps import StepCache
 from numpy_quantizer import WEIGHTS
 from pallas_kernels import QuantizedArray, UnsupportedError, grouped_matmul, hopper, quantize
 from pallas_kernels.grouped_matmul import mosaic_gpu

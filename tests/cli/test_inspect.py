@@ -18,7 +18,7 @@ def no_reads(monkeypatch):
     def read(self, name, index):
         pytest.fail(f"{name} was read")
 
-    monkeypatch.setattr(OrbaxSource, "read", read)
+    monkeypatch.setattr(OrbaxSource, "read_into", read)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from moe_online.config import MoEConfig
 from moe_online.dense import DenseKernel
 from moe_online.errors import ConfigError, ShapeMismatch
 from moe_online.flax import Linear, MoE
-from moe_online.loading import quantizer
+from moe_online.loading import quantizer, steps
 from moe_online.loading.quantizer import PartLayout, temporary_bytes
 from moe_online.quant_config import matches
 from moe_online.schemes import SHORTHANDS, QuantSpec
@@ -396,5 +396,5 @@ def test_temporaries_of_a_step(monkeypatch, weight, order):
     stored = jax.eval_shape(lambda x: moe_online.loading.quantizer.quantize(x, fmt), jnp.zeros((n, k)))
     stored = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored)
     part = jax.ShapeDtypeStruct(tuple((n, k)[axis] for axis in order), BF16, sharding=sharding)
-    step = quantizer.StepCache().get(stored, (PartLayout(permutation=order, half=None),), [part])
+    step = steps.StepCache().get(stored, (PartLayout(permutation=order, half=None),), [part])
     assert step.temporary_bytes <= temporary_bytes((n, k), fmt) < part.size * 2

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
-from flax import nnx
+import tensorstore as ts
+from flax import linen, nnx
 from orbax.checkpoint import v1 as ocp
 
 import moe_online
-from moe_online.errors import CheckpointError, ConfigError
+from moe_online.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from moe_online.loading import open_source
 from sources import KEN_MAPPING, as_ken, check_quantized, declared, ours, quiet_load
 from tolerance import assert_same_bits
@@ -73,6 +74,29 @@ def test_the_state_of_an_nnx_module(tmp_path):
     assert names == {"params.kernel", "params.bias", "attention.key", "attention.value"}
     loaded = quiet_load(nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(1))), tmp_path / "c", prefix="params")
     assert_same_bits(loaded.params.kernel[...], model.kernel[...])
+
+
+@PLAIN_JAX
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_the_state_of_an_nnx_module_as_v0_saves_it(tmp_path, ocdbt):
+    model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+    with orbax.checkpoint.PyTreeCheckpointer(use_ocdbt=ocdbt) as writer:
+        writer.save(tmp_path / "c", nnx.state(model))
+    assert set(open_source(tmp_path / "c").tensors) == {"kernel", "bias"}
+    loaded = quiet_load(nnx.eval_shape(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(1))), tmp_path / "c")
+    assert_same_bits(loaded.params.kernel[...], model.kernel[...])
+
+
+def test_the_variables_of_a_linen_module(tmp_path):
+    model, x = linen.Dense(3), jnp.ones((1, 2))
+    variables = model.init(jax.random.key(0), x)
+    ocp.save(tmp_path / "c", variables)
+    assert set(open_source(tmp_path / "c").tensors) == {"params.kernel", "params.bias"}
+    abstract = jax.eval_shape(model.init, jax.random.key(0), x)
+    loaded = quiet_load(abstract, tmp_path / "c").params
+    assert_same_bits(loaded["params"]["kernel"], variables["params"]["kernel"])
+    alone = quiet_load(abstract["params"], tmp_path / "c", prefix="params").params
+    assert_same_bits(alone["kernel"], variables["params"]["kernel"])
 
 
 @PLAIN_JAX
@@ -167,3 +191,67 @@ def test_zeros_that_were_not_stored(tmp_path):
     tree = {name: {key: np.zeros_like(x) for key, x in layer.items()} for name, layer in TREE.items()}
     ocp.save(tmp_path / "c", as_ken(tree))
     check(tmp_path / "c", tree=tree)
+
+
+@pytest.mark.parametrize("zarr3", [True, False])
+@pytest.mark.parametrize("ocdbt", [True, False])
+def test_chunks_are_those_that_can_be_read_alone(tmp_path, zarr3, ocdbt):
+    """A part of a tensor is a read of these bytes, not of all."""
+    context = ocp.Context()
+    context.array.saving.use_zarr3, context.array.saving.use_ocdbt = zarr3, ocdbt
+    context.array.saving.storage_options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=8192)
+    x = np.random.default_rng(0).integers(0, 256, (4, 64, 128), np.uint8)  # not compressible
+    with context:
+        ocp.save(tmp_path / "c", {"x": x})
+    source = open_source(tmp_path / "c")
+    chunk = source.tensors["x"].chunk
+    assert np.prod(chunk) == 8192
+    part = tuple(slice(0, size) for size in chunk)
+    before = bytes_read()
+    assert_same_bits(source.read("x", part), x[part])
+    assert bytes_read() - before < 3 * 8192 < x.nbytes
+
+
+def test_chunks_of_a_shard_can_be_read_alone(tmp_path):
+    """zarr 3 may pack them into larger files, which are what a writer sees."""
+    x = np.random.default_rng(0).integers(0, 256, (4, 64, 128), np.uint8)
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    with context:
+        ocp.save(tmp_path / "c", {"x": x})
+    spec = {"driver": "zarr3", "kvstore": f"file://{tmp_path}/c/state/x/"}
+    layout = ts.ChunkLayout(read_chunk_shape=(1, 64, 128), write_chunk_shape=(4, 64, 128))
+    ts.open(spec, create=True, delete_existing=True, dtype="uint8", shape=x.shape, chunk_layout=layout).result()[
+        ...
+    ] = x
+    source = open_source(tmp_path / "c")
+    assert source.tensors["x"].chunk == (1, 64, 128)
+    part = (slice(2, 3), slice(0, 64), slice(0, 128))
+    before = bytes_read()
+    assert_same_bits(source.read("x", part), x[part])
+    assert 64 * 128 <= bytes_read() - before < 2 * 64 * 128
+
+
+def bytes_read():
+    """What tensorstore has read from files so far."""
+    [metric] = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return metric["values"][0]["value"]
+
+
+def test_what_lies_beside_a_subtree_is_not_opened(tmp_path):
+    context = ocp.Context()
+    context.array.saving.use_ocdbt = False
+    with context:
+        ocp.save(tmp_path / "c", {"params": as_ken(TREE), "opt": {"mu": np.ones(3)}})
+    headers = list((tmp_path / "c" / "state" / "opt.mu").glob("zarr.json"))
+    assert headers
+    headers[0].write_text("{")
+    check(tmp_path / "c", prefix="params")
+    with pytest.raises(CorruptCheckpoint, match=r"1 array \(opt\.mu\) cannot be opened") as caught:
+        check(tmp_path / "c")
+    assert caught.value.names == ("opt.mu",)
+
+
+def test_leaves_that_are_no_arrays(tmp_path):
+    ocp.save(tmp_path / "c", {"w": np.ones(3), "run": "first", "none": None, "empty": {}, "list": [], "count": 3})
+    assert set(open_source(tmp_path / "c").tensors) == {"w", "count"}

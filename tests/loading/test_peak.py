@@ -8,13 +8,22 @@ import pytest
 import moe_online
 from by_name import by_name
 from moe_online.errors import MemoryBudgetError
-from moe_online.loading import open_source, quantizer
+from moe_online.loading import open_source, quantizer, steps
 from moe_online.loading.quantizer import PartLayout, temporary_bytes
 from moe_online.schemes import QuantSpec
 from numpy_quantizer import WEIGHTS
 from pallas_kernels import QuantizedArray
 from quick import few
-from sources import BF16, KEN_MAPPING, WatchedSource, as_ken, declared, nothing_left_on_the_device, quiet_load
+from sources import (
+    BF16,
+    KEN_MAPPING,
+    WatchedSource,
+    as_ken,
+    check_quantized,
+    declared,
+    nothing_left_on_the_device,
+    quiet_load,
+)
 
 LAYERS, E, H, INNER = 6, 8, 512, 512  # 12.6 MB a layer
 CHUNK = 64 * 2**20
@@ -119,9 +128,27 @@ def test_memory_limit(tree):
         moe_online.plan(declared(tree), tree, quantization="fp8_per_block", memory_limit=plan.peak_bytes).peak_bytes
         == plan.peak_bytes
     )
-    with nothing_left_on_the_device(), pytest.raises(MemoryBudgetError, match="unit_bytes") as caught:
-        quiet_load(declared(tree), tree, quantization="fp8_per_block", memory_limit=plan.peak_bytes - 1)
+    arguments = {"quantization": "fp8_per_block", "memory_limit": plan.peak_bytes - 1}
+    smaller = moe_online.plan(declared(tree), tree, **arguments)
+    assert smaller.peak_bytes < plan.peak_bytes
+    assert smaller.unit_bytes < plan.largest_unit_bytes
+    assert smaller.largest_unit_bytes <= smaller.unit_bytes
+    params, report = quiet_load(declared(tree), tree, **arguments)
+    assert report.peak_bytes <= smaller.peak_bytes == report.planned_peak_bytes
+    check_quantized(params, tree, "fp8_per_block")
+
+
+def test_a_memory_limit_that_nothing_fits(tree):
+    arguments = {"quantization": "fp8_per_block", "prefetch": 2}
+    least = moe_online.plan(declared(tree), tree, unit_bytes=1, **arguments)
+    fitting = moe_online.plan(declared(tree), tree, memory_limit=least.peak_bytes, **arguments)
+    assert fitting.peak_bytes == least.peak_bytes
+    with nothing_left_on_the_device(), pytest.raises(MemoryBudgetError, match="prefetch=0 would fit") as caught:
+        quiet_load(declared(tree), tree, memory_limit=least.peak_bytes - 1, **arguments)
     assert len(caught.value.names) == 2 * LAYERS
+    with pytest.raises(MemoryBudgetError, match="quantize more") as caught:
+        quiet_load(declared(tree), tree, memory_limit=least.resident_bytes, **arguments)
+    assert "would fit" not in str(caught.value)
 
 
 def test_compiled_steps_do_not_grow_with_layers(tree):
@@ -178,14 +205,14 @@ def step_memory(shape, apart, fmt, dtype=BF16):
         parts = [aval((e, k, n), dtype)] * 2
     else:
         layouts, parts = (PartLayout(permutation=tuple(range(len(shape))), half=None),), [aval(shape, dtype)]
-    return quantizer._compile(stored, layouts, parts).temporary_bytes
+    return steps.StepCache().get(stored, layouts, parts).temporary_bytes
 
 
 def test_the_check_of_temporaries_can_fail(monkeypatch):
     """A step that works on all experts at once takes more than one chunk."""
     fmt = QuantSpec("fp8_per_block", None).weight
 
-    def at_once(fmt, layouts, *, use_kernels):
+    def at_once(fmt, layouts, *, axis_names):
         def step(out, parts, start):
             q = quantizer.quantize(parts[0].astype(jnp.float32), fmt)
             zeros = jnp.zeros((parts[0].shape[0],), jnp.float32)

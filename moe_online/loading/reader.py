@@ -1,0 +1,233 @@
+"""Reads units from a source: for each device what becomes its own, in parallel, and no byte twice."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_online.errors import CorruptCheckpoint
+from moe_online.loading.parts import Part, Read
+from moe_online.loading.source import CheckpointSource, Index, InPlaceSource
+from moe_online.loading.units import Unit
+
+THREADS = 8
+PIECE = 32 * 2**20  # bytes that one thread reads at a time
+AHEAD = 3  # units on the host beside those that are prefetched: one goes to the device, one is read and decoded
+
+_Key = tuple[str, tuple[tuple[int, int], ...]]  # a tensor and a region of it
+
+
+@dataclasses.dataclass(frozen=True)
+class _Region:
+    """A region of a part that is read as one, and what of it goes where."""
+
+    index: Index
+    reads: tuple[Read, ...]
+    cuts: Mapping[jax.Device, Index | None]  # None: all of it
+
+
+def regions(unit: Unit, part: Part) -> Iterator[_Region]:
+    """What to read of a part: what devices share once, and what lies in chunks that they share as one."""
+    by_rows: dict[Any, dict[_Key, list[jax.Device]]] = collections.defaultdict(dict)
+    indices: dict[_Key, Index] = {}
+    row_axes = set(unit.target.permutation(part)[: 1 + unit.target.is_stacked])
+    for device, index in unit.regions(part).items():
+        key = ("", _bounds(index))
+        indices[key] = index
+        rows = tuple(bounds for axis, bounds in enumerate(key[1]) if axis in row_axes)
+        by_rows[rows].setdefault(key, []).append(device)
+    for group in by_rows.values():
+        each = {key: tuple(part.reads(indices[key])) for key in group}
+        if len(group) == 1 or all(_is_alone(read) for reads in each.values() for read in reads):
+            for key, devices in group.items():
+                yield _Region(indices[key], each[key], dict.fromkeys(devices))
+            continue
+        begins, ends = (
+            [edge(bounds[axis][side] for _, bounds in group) for axis in range(len(part.stored.shape))]
+            for side, edge in ((0, min), (1, max))
+        )
+        whole = tuple(slice(*each) for each in zip(begins, ends, strict=True))
+        cuts = {
+            device: tuple(slice(a - b, c - b) for (a, c), b in zip(key[1], begins, strict=True))
+            for key, devices in group.items()
+            for device in devices
+        }
+        yield _Region(whole, tuple(part.reads(whole)), cuts)
+
+
+def _is_alone(read: Read) -> bool:
+    """Whether nothing else is in the chunks that are read."""
+    return read.cut is None and _aligned(read) == read.index
+
+
+def _aligned(read: Read) -> Index:
+    """The stored chunks that hold a region."""
+    return tuple(
+        slice(s.start // max(chunk, 1) * max(chunk, 1), min(size, -(-s.stop // max(chunk, 1)) * max(chunk, 1)))
+        for s, chunk, size in zip(read.index, read.tensor.chunk, read.tensor.shape, strict=True)
+    )
+
+
+def _bounds(index: Index) -> tuple[tuple[int, int], ...]:
+    return tuple((s.start, s.stop) for s in index)
+
+
+def _size(index: Index) -> int:
+    return math.prod(s.stop - s.start for s in index)
+
+
+class Reader:
+    """Reads the units of a plan in order. What a chunk holds beside the present unit is kept for those that follow.
+
+    Args:
+      source: Where from. One with `read_into` is asked by several threads at once.
+      units: All that will be read, in order.
+    """
+
+    def __init__(self, source: CheckpointSource, units: Sequence[Unit]):
+        self._source = source
+        self._in_place = source if isinstance(source, InPlaceSource) else None
+        self._uses = collections.Counter(key for unit in units for key, _ in shared_chunks(unit))
+        self._kept: dict[_Key, Any] = {}
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="moe-online-read")
+
+    def close(self) -> None:
+        """Lets go of the threads and of what is kept."""
+        self._pool.shutdown(cancel_futures=True)
+        self._kept.clear()
+
+    def read(self, unit: Unit) -> list[dict[jax.Device, Any]]:
+        """For each part what each device gets: numpy arrays, or those of a source on devices.
+
+        Raises:
+          CorruptCheckpoint: of all tensors of the unit that cannot be read.
+        """
+        jobs: list[Future[None]] = []
+        finish = [
+            [self._begin(unit, part, region, jobs) for region in regions(unit, part)] for part in unit.target.parts
+        ]
+        errors = [error for job in jobs if (error := job.exception()) is not None]
+        corrupt = [error for error in errors if isinstance(error, CorruptCheckpoint)]
+        for error in errors:
+            if error not in corrupt:
+                raise error
+        if corrupt:
+            raise CorruptCheckpoint(str(corrupt[0]), names=dict.fromkeys(n for e in corrupt for n in e.names))
+        return [{device: array for each in part for device, array in each().items()} for part in finish]
+
+    def _begin(
+        self, unit: Unit, part: Part, region: _Region, jobs: list[Future[None]]
+    ) -> Callable[[], dict[jax.Device, Any]]:
+        """Starts reading a region; what is returned gives each device its array once all jobs are done."""
+        shape = tuple(s.stop - s.start for s in region.index)
+        outer = shape[: len(part.outer)]
+        if self._in_place is not None:
+            out = np.empty(shape, part.stored.dtype)
+            places = out.reshape(math.prod(outer), *shape[len(outer) :]) if outer else [out]
+            for place, read in zip(places, region.reads, strict=True):
+                self._read_into(place, read, jobs)
+            whole: Any = out
+        else:
+            found = [self._read(read) for read in region.reads]
+            if outer:
+                library: Any = np if isinstance(found[0], np.ndarray) else jnp
+                whole = library.stack(found).reshape(shape)
+            else:
+                whole = found[0]
+        layer = unit.target.permutation(part)[0] if unit.target.is_stacked else None
+
+        def finish() -> dict[jax.Device, Any]:
+            arrays = {device: whole if cut is None else whole[cut] for device, cut in region.cuts.items()}
+            return arrays if layer is None else {device: array.squeeze(layer) for device, array in arrays.items()}
+
+        return finish
+
+    def _read(self, read: Read) -> Any:
+        """A region, by the source's own `read`."""
+        array = self._shared(read)
+        if array is None:
+            array = self._source.read(read.tensor.name, read.index)
+        array = array.reshape(read.shape)
+        return array if read.cut is None else array[read.cut]
+
+    def _read_into(self, out: np.ndarray, read: Read, jobs: list[Future[None]]) -> None:
+        """The same into an array that is there."""
+        array = self._shared(read)
+        if array is not None:
+            array = array.reshape(read.shape)
+            out[...] = array if read.cut is None else array[read.cut]
+        elif read.cut is not None:
+            jobs.append(self._pool.submit(self._read_and_cut, out, read))
+        else:
+            into = out.reshape(tuple(s.stop - s.start for s in read.index))
+            for piece, index in _pieces(into, read):
+                assert self._in_place is not None
+                jobs.append(self._pool.submit(self._in_place.read_into, read.tensor.name, index, piece))
+
+    def _read_and_cut(self, out: np.ndarray, read: Read) -> None:
+        array = np.asarray(self._source.read(read.tensor.name, read.index)).reshape(read.shape)
+        out[...] = array[read.cut]
+
+    def _shared(self, read: Read) -> Any:
+        """A region of chunks that others use too, each read once; None where nobody else needs them."""
+        aligned = _aligned(read)
+        key = read.tensor.name, _bounds(aligned)
+        if key not in self._uses:
+            return None
+        if key not in self._kept:
+            self._kept[key] = self._source.read(read.tensor.name, aligned)
+        chunk = self._kept[key]
+        self._uses[key] -= 1
+        if not self._uses[key]:
+            del self._kept[key], self._uses[key]
+        return chunk[
+            tuple(slice(s.start - a.start, s.stop - a.start) for s, a in zip(read.index, aligned, strict=True))
+        ]
+
+
+def _pieces(out: np.ndarray, read: Read) -> Iterable[tuple[np.ndarray, Index]]:
+    """A region in pieces along axis 0 that several threads may read, each of whole chunks."""
+    if not read.index or out.nbytes <= PIECE:
+        return [(out, read.index)]
+    first, *rest = read.index
+    rows = first.stop - first.start
+    chunk = max(1, read.tensor.chunk[0])
+    each = max(1, PIECE * rows // out.nbytes // chunk) * chunk
+    starts = range(0, rows, each)
+    return [
+        (out[row : row + each], (slice(first.start + row, min(first.stop, first.start + row + each)), *rest))
+        for row in starts
+    ]
+
+
+def shared_chunks(unit: Unit) -> Iterator[tuple[_Key, int]]:
+    """The chunks that a unit needs only a part of, with their bytes; once for each time that it reads from them."""
+    for part in unit.target.parts:
+        for region in regions(unit, part):
+            for read in region.reads:
+                aligned = _aligned(read)
+                if aligned != read.index:
+                    yield (read.tensor.name, _bounds(aligned)), _size(aligned) * read.tensor.dtype.itemsize
+
+
+def host_peak(units: Sequence[Unit], prefetch: int) -> int:
+    """Most bytes that reading holds on the host: chunks that several units need, and units on their way."""
+    needs = [dict(shared_chunks(unit)) for unit in units]
+    last = {key: i for i, need in enumerate(needs) for key in need}
+    kept: dict[_Key, int] = {}
+    most = 0
+    for i, need in enumerate(needs):
+        decoding = max((size for key, size in need.items() if key not in kept), default=0)  # it is there twice then
+        kept |= need
+        most = max(most, sum(kept.values()) + decoding)
+        kept = {key: size for key, size in kept.items() if last[key] > i}
+    largest = max((unit.host_bytes for unit in units), default=0)
+    return most + (AHEAD + prefetch) * largest
