@@ -41,10 +41,12 @@ def choose_specs(
     """
     leaves, parts = [each.leaf for each in assigned], {each.leaf.name: each.parts for each in assigned}
     chosen: dict[str, Choice] = {}
+    reached: set[str] = set()  # by what the config says
     refused: dict[str, None] = {}  # once each, though a layer has several leaves
     for leaf, of_leaf, stored in assigned:
         try:
             choice: Choice = (None, "as declared") if config is None else _choose(leaf, of_leaf, config)
+            reached |= {choice[1]} if choice[0] is not None else set()
             if stored is not None:
                 choice = of_stored(
                     leaf,
@@ -66,7 +68,7 @@ def choose_specs(
     if config is None:
         return chosen
     _check_patterns(config, leaves, parts)
-    _check_reach(config, {rule for spec, rule in chosen.values() if spec is not None}, leaves)
+    _check_reach(config, reached | {rule for spec, rule in chosen.values() if spec is not None}, leaves)
     return chosen
 
 

@@ -116,7 +116,8 @@ def assign(
             if half is None and rule is not None and rule.axes and HALF not in rule.axes and is_single(by_name[owner]):
                 half = 0
             claims[owner].append(claim._replace(half=half, child=child))
-    unused = [rule.pattern for rule in rules if not rule.optional and rule not in set(chosen)]
+    used = {rule.pattern for rule in chosen if rule is not None}
+    unused = [rule.pattern for rule in rules if not rule.optional and rule.pattern not in used]
     if unused:
         raise ConfigError(f"mapping rules match no tensor of {where}: {', '.join(unused)}; {_some_names(tensors)}")
     found = []

@@ -19,7 +19,7 @@ from moe_online.errors import ConfigError, DtypeMismatch, MemoryBudgetError, Sha
 from moe_online.loading.memory import bytes_on_devices
 from moe_online.loading.messages import human_bytes, listed, rendered
 from moe_online.loading.quantizer import temporary_bytes
-from moe_online.loading.reader import host_peak, shared_chunks
+from moe_online.loading.reader import Shared, host_peak
 from moe_online.loading.rules import HALF, LAYER
 from moe_online.loading.units import ALLOCATION, Target, Unit, allocated_bytes, cut_units, stored_bytes
 
@@ -47,8 +47,8 @@ class LoadPlan:
     @property
     def coarse_tensors(self) -> tuple[str, ...]:
         """Stored tensors whose chunks are larger than a unit may be, so that the host holds more than that."""
-        units = (unit for unit in self.units if not unit.target.is_matrix)
-        chunks = (chunk for unit in units for chunk in shared_chunks(unit))
+        shared = zip(self.units, Shared(self.units).by_unit, strict=True)
+        chunks = (chunk for unit, needed in shared if not unit.target.is_matrix for chunk in needed.items())
         return tuple(dict.fromkeys(name for (name, _), size in chunks if size > self.unit_bytes))
 
     def __str__(self) -> str:

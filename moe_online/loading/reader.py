@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,8 @@ THREADS = 8
 PIECE = 32 * 2**20  # bytes that one thread reads at a time
 AHEAD = 3  # units on the host beside those that are prefetched: one goes to the device, one is read and decoded
 
-_Key = tuple[str, tuple[tuple[int, int], ...]]  # a tensor and a region of it
+_Box = tuple[tuple[int, int], ...]
+_Key = tuple[str, _Box]  # a tensor and a region of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,7 @@ def regions(unit: Unit, part: Part) -> Iterator[_Region]:
         by_rows[rows].setdefault(key, []).append(device)
     for group in by_rows.values():
         each = {key: tuple(part.reads(indices[key])) for key in group}
-        if len(group) == 1 or all(_is_alone(read) for reads in each.values() for read in reads):
+        if _are_apart(list(each.values())):
             for key, devices in group.items():
                 yield _Region(indices[key], each[key], dict.fromkeys(devices))
             continue
@@ -63,9 +65,22 @@ def regions(unit: Unit, part: Part) -> Iterator[_Region]:
         yield _Region(whole, tuple(part.reads(whole)), cuts)
 
 
+def _are_apart(regions: Sequence[Sequence[Read]]) -> bool:
+    """Whether no two of them need a part of the same chunk; they are of the same rows, so of the same tensors."""
+    if len(regions) == 1 or all(_is_alone(read) for reads in regions for read in reads):
+        return True
+    boxes = [[_bounds(_aligned(read)) for read in reads] for reads in regions]
+    pairs = itertools.combinations(boxes, 2)
+    return not any(_overlap(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
 def _is_alone(read: Read) -> bool:
     """Whether nothing else is in the chunks that are read."""
     return read.cut is None and _aligned(read) == read.index
+
+
+def _overlap(a: _Box, b: _Box) -> bool:
+    return all(x[0] < y[1] and y[0] < x[1] for x, y in zip(a, b, strict=True))
 
 
 def _aligned(read: Read) -> Index:
@@ -76,12 +91,8 @@ def _aligned(read: Read) -> Index:
     )
 
 
-def _bounds(index: Index) -> tuple[tuple[int, int], ...]:
+def _bounds(index: Index) -> _Box:
     return tuple((s.start, s.stop) for s in index)
-
-
-def _size(index: Index) -> int:
-    return math.prod(s.stop - s.start for s in index)
 
 
 class Reader:
@@ -95,7 +106,7 @@ class Reader:
     def __init__(self, source: CheckpointSource, units: Sequence[Unit]):
         self._source = source
         self._in_place = source if isinstance(source, InPlaceSource) else None
-        self._uses = collections.Counter(key for unit in units for key, _ in shared_chunks(unit))
+        self._shared = Shared(units)
         self._kept: dict[_Key, Any] = {}
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="moe-online-read")
 
@@ -152,7 +163,7 @@ class Reader:
 
     def _read(self, read: Read) -> Any:
         """A region, by the source's own `read`."""
-        array = self._shared(read)
+        array = self._kept_part(read)
         if array is None:
             array = self._source.read(read.tensor.name, read.index)
         array = array.reshape(read.shape)
@@ -160,7 +171,7 @@ class Reader:
 
     def _read_into(self, out: np.ndarray, read: Read, jobs: list[Future[None]]) -> None:
         """The same into an array that is there."""
-        array = self._shared(read)
+        array = self._kept_part(read)
         if array is not None:
             array = array.reshape(read.shape)
             out[...] = array if read.cut is None else array[read.cut]
@@ -176,21 +187,19 @@ class Reader:
         array = np.asarray(self._source.read(read.tensor.name, read.index)).reshape(read.shape)
         out[...] = array[read.cut]
 
-    def _shared(self, read: Read) -> Any:
+    def _kept_part(self, read: Read) -> Any:
         """A region of chunks that others use too, each read once; None where nobody else needs them."""
-        aligned = _aligned(read)
-        key = read.tensor.name, _bounds(aligned)
-        if key not in self._uses:
+        key = self._shared.find(read)
+        if key is None:
             return None
+        name, box = key
         if key not in self._kept:
-            self._kept[key] = self._source.read(read.tensor.name, aligned)
-        chunk = self._kept[key]
-        self._uses[key] -= 1
-        if not self._uses[key]:
-            del self._kept[key], self._uses[key]
-        return chunk[
-            tuple(slice(s.start - a.start, s.stop - a.start) for s, a in zip(read.index, aligned, strict=True))
-        ]
+            self._kept[key] = self._source.read(name, tuple(slice(*bounds) for bounds in box))
+        kept = self._kept[key]
+        self._shared.uses[key] -= 1
+        if not self._shared.uses[key]:
+            del self._kept[key]
+        return kept[tuple(slice(s.start - a, s.stop - a) for s, (a, _) in zip(read.index, box, strict=True))]
 
 
 def _pieces(out: np.ndarray, read: Read) -> Iterable[tuple[np.ndarray, Index]]:
@@ -198,29 +207,82 @@ def _pieces(out: np.ndarray, read: Read) -> Iterable[tuple[np.ndarray, Index]]:
     if not read.index or out.nbytes <= PIECE:
         return [(out, read.index)]
     first, *rest = read.index
-    rows = first.stop - first.start
     chunk = max(1, read.tensor.chunk[0])
-    each = max(1, PIECE * rows // out.nbytes // chunk) * chunk
-    starts = range(0, rows, each)
+    each = max(1, PIECE * (first.stop - first.start) // out.nbytes // chunk) * chunk
+    edges = [first.start, *range(first.start // chunk * chunk + each, first.stop, each), first.stop]
     return [
-        (out[row : row + each], (slice(first.start + row, min(first.stop, first.start + row + each)), *rest))
-        for row in starts
+        (out[begin - first.start : end - first.start], (slice(begin, end), *rest))
+        for begin, end in itertools.pairwise(edges)
     ]
 
 
-def shared_chunks(unit: Unit) -> Iterator[tuple[_Key, int]]:
-    """The chunks that a unit needs only a part of, with their bytes; once for each time that it reads from them."""
+class Shared:
+    """Regions of which several reads need a part: each is to be read once, and kept until the last of them.
+
+    Args:
+      units: All that will be read, in order.
+    """
+
+    def __init__(self, units: Sequence[Unit]):
+        parted = [[(read.tensor, _bounds(_aligned(read))) for read in _parted(unit)] for unit in units]
+        boxes: dict[str, dict[_Box, None]] = collections.defaultdict(dict)
+        for tensor, box in itertools.chain.from_iterable(parted):
+            boxes[tensor.name][box] = None
+        hulls = {(name, box): (name, hull) for name, every in boxes.items() for box, hull in _hulls(every).items()}
+        self.uses = collections.Counter(hulls[t.name, box] for of_unit in parted for t, box in of_unit)
+        self._hulls = {key: hull for key, hull in hulls.items() if self.uses[hull] > 1}
+        self.by_unit = [
+            {
+                hull: math.prod(stop - start for start, stop in hull[1]) * tensor.dtype.itemsize
+                for tensor, box in of_unit
+                if (hull := self._hulls.get((tensor.name, box))) is not None
+            }
+            for of_unit in parted
+        ]  # with their bytes
+
+    def find(self, read: Read) -> _Key | None:
+        """The region of which a read is a part; None where no other read needs it."""
+        return self._hulls.get((read.tensor.name, _bounds(_aligned(read)))) if self._hulls else None
+
+
+def _parted(unit: Unit) -> Iterator[Read]:
+    """The reads of a unit that need only a part of what has to be read."""
     for part in unit.target.parts:
         for region in regions(unit, part):
-            for read in region.reads:
-                aligned = _aligned(read)
-                if aligned != read.index:
-                    yield (read.tensor.name, _bounds(aligned)), _size(aligned) * read.tensor.dtype.itemsize
+            yield from (read for read in region.reads if not _is_alone(read))
+
+
+def _hulls(boxes: Iterable[_Box]) -> dict[_Box, _Box]:
+    """For each box the one to read in its place: those that overlap are put together until none do."""
+    apart = {box: [box] for box in boxes}  # and what is in each
+    while len(joined := _joined(apart)) < len(apart):
+        apart = joined
+    return {box: hull for hull, within in apart.items() for box in within}
+
+
+def _joined(apart: Mapping[_Box, list[_Box]]) -> dict[_Box, list[_Box]]:
+    """Puts together what overlaps, in one sweep along the axis that tells most of them apart."""
+    if len(apart) < 2:
+        return dict(apart)
+    axis = max(range(len(next(iter(apart)))), key=lambda axis: len({box[axis][0] for box in apart}))
+    passed: dict[_Box, list[_Box]] = {}
+    near: dict[_Box, list[_Box]] = {}
+    for hull, within in sorted(apart.items(), key=lambda item: item[0][axis][0]):
+        for other in [other for other in near if other[axis][1] <= hull[axis][0]]:
+            passed[other] = near.pop(other)
+        while touching := [other for other in near if _overlap(other, hull)]:
+            within = [*within, *itertools.chain.from_iterable(near.pop(other) for other in touching)]
+            hull = tuple(
+                (min(begin for begin, _ in each), max(end for _, end in each))
+                for each in zip(hull, *touching, strict=True)
+            )
+        near[hull] = within
+    return passed | near
 
 
 def host_peak(units: Sequence[Unit], prefetch: int) -> int:
-    """Most bytes that reading holds on the host: chunks that several units need, and units on their way."""
-    needs = [dict(shared_chunks(unit)) for unit in units]
+    """Most bytes that reading holds on the host: regions that several units need, and units on their way."""
+    needs = Shared(units).by_unit
     last = {key: i for i, need in enumerate(needs) for key in need}
     kept: dict[_Key, int] = {}
     most = 0

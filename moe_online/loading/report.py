@@ -49,6 +49,7 @@ class LoadReport:
     planned_host_peak_bytes: int
     host_peak_bytes: int  # measured: growth of the process's resident memory
     compiled_steps: int  # distinct functions; all layers of one shape share theirs
+    compile_seconds: float  # of `seconds`: for which units had to wait
     seconds: float
 
     def to_json(self) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -34,10 +35,11 @@ class Compiled:
 
 
 class StepCache:
-    """Compiles each step once per signature: formats, layouts, shapes, dtypes, shardings."""
+    """Compiles each step once per signature: formats, layouts, shapes, dtypes, shardings. Several threads may ask."""
 
     def __init__(self) -> None:
-        self._compiled: dict[Any, Compiled] = {}
+        self._compiled: dict[Any, Future[Compiled]] = {}
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -71,9 +73,17 @@ class StepCache:
             is_stacked,
             is_turned,
         )
-        if key not in self._compiled:
-            self._compiled[key] = _compile(stored, layouts, parts, source, is_stacked, is_turned)
-        return self._compiled[key]
+        with self._lock:
+            found, is_mine = self._compiled.get(key), key not in self._compiled
+            if found is None:
+                found = self._compiled[key] = Future()
+        if is_mine:
+            try:
+                found.set_result(_compile(stored, layouts, parts, source, is_stacked, is_turned))
+            except BaseException as error:
+                del self._compiled[key]
+                found.set_exception(error)
+        return found.result()
 
 
 def _compile(
@@ -93,8 +103,7 @@ def _compile(
     if len(devices) > 1:
         step = _on_each_device(step, stored, parts, axes)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    place = jax.default_device(*devices) if len(devices) == 1 else contextlib.nullcontext()  # where kernels will run
-    with place:
+    with jax.default_device(min(devices, key=lambda device: device.id)):  # kernels are chosen for where they will run
         compiled = jitted.lower(stored, list(parts), jax.ShapeDtypeStruct((), np.int32)).compile()
     analysis = compiled.memory_analysis()
     return Compiled(compiled, 0 if analysis is None else analysis.temp_size_in_bytes)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +46,7 @@ class _Progressing:
     error: list[np.ndarray] = dataclasses.field(default_factory=list)  # per unit [rows]
     norm: list[np.ndarray] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
+    compile_seconds: float = 0.0
 
 
 @dataclasses.dataclass
@@ -95,11 +98,8 @@ def run(
     steps = StepCache() if steps is None else steps
     leaves = {target.name: _Progressing() for target in plan.targets}
     try:
-        with _bar(progress) as bar:
-            task = bar.add_task("compiling", total=plan.read_bytes)
-            for unit in plan.units:  # all before the first is read: XLA's autotuning takes memory of its own
-                _step(unit, sink, steps)
-            bar.update(task, description="loading")
+        with _bar(progress) as bar, _compiling(plan, sink, steps):
+            task = bar.add_task("loading", total=plan.read_bytes)
             for unit, parts in _fetched(plan, source, meter, failures):
                 if parts is not None:
                     _store(unit, parts, leaves[unit.target.name], sink, steps, meter, failures)
@@ -118,10 +118,31 @@ def run(
         planned_host_peak_bytes=plan.host_peak_bytes,
         host_peak_bytes=meter.host_bytes,
         compiled_steps=len(steps),
+        compile_seconds=sum(leaf.compile_seconds for leaf in leaves.values()),
         seconds=time.perf_counter() - begin,
     )
     logger.info(report.summary)
     return report
+
+
+@contextlib.contextmanager
+def _compiling(plan: LoadPlan, sink: Sink, steps: StepCache) -> Iterator[None]:
+    """Compiles the steps in the order of their use, while the first units are read."""
+    done = threading.Event()
+
+    def compile_all() -> None:
+        for unit in plan.units:
+            if done.is_set():
+                return
+            with contextlib.suppress(Exception):  # whoever needs this step will see it
+                _step(unit, sink, steps)
+
+    with ThreadPoolExecutor(1, "moe-online-compiler") as compiler:
+        compiler.submit(compile_all)
+        try:
+            yield
+        finally:
+            done.set()
 
 
 def _fetched(
@@ -195,8 +216,9 @@ def _store(
     """Writes one unit to its place and frees its source."""
     begin = time.perf_counter()
     target = unit.target
-    step = _step(unit, sink, steps)
     try:
+        step = _step(unit, sink, steps)
+        compiled = time.perf_counter()
         out, start = sink.begin(unit)
         array, stats = step.call(out, parts, np.int32(start))
         jax.block_until_ready((array, stats))
@@ -212,7 +234,8 @@ def _store(
             failures.not_finite.setdefault(source.name_at(_place(unit, source, first or 0)), first)
     leaf.error.append(stats.error)
     leaf.norm.append(stats.norm)
-    leaf.seconds += time.perf_counter() - begin
+    leaf.compile_seconds += compiled - begin
+    leaf.seconds += time.perf_counter() - compiled
 
 
 def _place(unit: Unit, part: Part, expert: int) -> int:

@@ -255,7 +255,7 @@ class Unit:
 
     def write(self, whole: np.ndarray, rows: np.ndarray) -> None:
         """Puts these rows, those of all shards in order, into a finished leaf or child of one on the host."""
-        if self.target.is_matrix or not self.target.shape:
+        if self.target.is_matrix or not self.target.shape or not rows.size:
             whole[...] = rows
             return
         if self.target.is_stacked:

@@ -51,14 +51,14 @@ def run(call: IntoCall) -> tuple[QuantizedArray, QuantizationLoss]:
     per_byte = fmt.codes_per_element
     values = jax.new_ref(out.values.reshape(out.shape[0], -1, n, k // per_byte))
     scales = jax.new_ref(out.scales.reshape(out.shape[0], -1, *out.scales.shape[-2:]))
-    half, start = call.half or 0, call.start.reshape(1)
+    place = jnp.stack([call.start, jnp.int32(call.half or 0)])  # an argument: both halves share one kernel
     constants = matrix_constants(jnp.repeat(call.amax, x.shape[1]), fmt) if fmt.whole_matrix else None
     if fmt.block == (1, None):
-        sums = quantize_rows(x, start, values, scales, fmt=fmt, half=half)
+        sums = quantize_rows(x, place, values, scales, fmt=fmt)
     else:
         if per_byte == 2:  # free: pairs become words, whose halves are taken apart in registers
             x = lax.bitcast_convert_type(x.reshape(*x.shape[:-1], k // 2, 2), jnp.uint32)
-        sums = quantize_tiles(x, constants, start, values, scales, fmt=fmt, half=half)
+        sums = quantize_tiles(x, constants, place, values, scales, fmt=fmt)
     found = QuantizedArray(
         values=jax.freeze(values).reshape(out.values.shape),
         scales=jax.freeze(scales).reshape(out.scales.shape),

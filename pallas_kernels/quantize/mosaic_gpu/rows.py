@@ -23,16 +23,16 @@ ROWS = 4  # of a program, one after the other
 VECTOR, UNROLL = 8, 2  # elements that a thread has at a time, and how often in a step
 
 
+@functools.partial(jax.jit, static_argnames="fmt")  # traced, and lowered, once for calls that are alike
 def quantize_rows(
-    x: BFloat16[Array, "e S N K"], start: Int32[Array, "1"], values: Any, scales: Any, *, fmt: Format, half: int
+    x: BFloat16[Array, "e S N K"], place: Int32[Array, "2"], values: Any, scales: Any, *, fmt: Format
 ) -> Float[Array, "3 e S parts"]:
     """Quantizes `x` into refs of the finished leaf; K is a multiple of 128.
 
     Args:
-      start: The first expert's place in the leaf.
+      place: Of the first expert in the leaf, and of the first half.
       values: Ref `[E, S_out, N, K]`.
       scales: Ref `[E, S_out, 1, N]`.
-      half: Where S begins in the leaf.
 
     Returns:
       Sums of squares of the error and of the source, and largest magnitudes, of parts of each matrix.
@@ -40,29 +40,28 @@ def quantize_rows(
     experts, halves, n, _ = x.shape
     rows = math.gcd(n, ROWS)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, fmt=fmt, half=half, rows=rows),
+        functools.partial(_kernel, fmt=fmt, rows=rows),
         out_type=jax.ShapeDtypeStruct((3, experts, halves, n // rows), jnp.float32),
         grid=(experts, halves, n // rows),
         grid_names=("expert", "half", "part"),
         kernel_name=f"quantize_rows_{fmt.name}",
     )
-    sums: jax.Array = kernel(x, start, values, scales)
+    sums: jax.Array = kernel(x, place, values, scales)
     return sums
 
 
 def _kernel(
     x_gmem: Any,  # [e, S, N, K]
-    start_gmem: Any,  # [1]
+    place_gmem: Any,  # [2]
     values_gmem: Any,  # [E, S_out, N, K]
     scales_gmem: Any,  # [E, S_out, 1, N]
     sums_gmem: Any,  # [3, e, S, N / rows]
     *,
     fmt: Format,
-    half: int,
     rows: int,
 ) -> None:
     expert, s, part = (lax.axis_index(name) for name in ("expert", "half", "part"))
-    source, out = (expert, s), (start_gmem[0] + expert, half + s)
+    source, out = (expert, s), (place_gmem[0] + expert, place_gmem[1] + s)
     k = x_gmem.shape[-1]
     vector = math.gcd(k // THREADS, VECTOR)
     size = vector * THREADS

@@ -36,25 +36,24 @@ def tile_width(fmt: Format) -> int:
     return max(ROW_BYTES // 2, fmt.block[1] or 0)
 
 
+@functools.partial(jax.jit, static_argnames="fmt")  # traced, and lowered, once for calls that are alike
 def quantize_tiles(
     x: Any,
     constants: Float[Array, "e*S C"] | None,
-    start: Int32[Array, "1"],
+    place: Int32[Array, "2"],
     values: Any,
     scales: Any,
     *,
     fmt: Format,
-    half: int,
 ) -> Float[Array, "3 e S parts"]:
     """Quantizes `x` `[e, S, N, K]` into refs of the finished leaf; N is a multiple of 128, K one of `tile_width`.
 
     Args:
       x: bf16, or for codes of 4 bits pairs of them in uint32.
       constants: `matrix_constants` of each matrix, for formats with a scale of all of it.
-      start: The first expert's place in the leaf.
+      place: Of the first expert in the leaf, and of the first half.
       values: Ref `[E, S_out, N, K]`, or bytes of two codes `[E, S_out, N, K / 2]`.
       scales: Ref `[E, S_out, K blocks, N blocks]`; untouched where one scale is all of a matrix.
-      half: Where S begins in the leaf.
 
     Returns:
       Sums of squares of the error and of the source, and largest magnitudes, of parts of each matrix.
@@ -64,7 +63,7 @@ def quantize_tiles(
     steps = math.gcd(width // tile, STEPS)
     stages, parts = min(STAGES, steps), (width // (tile * steps), n // THREADS)
     kernel = plgpu.kernel(
-        functools.partial(_kernel, fmt=fmt, half=half, steps=steps),
+        functools.partial(_kernel, fmt=fmt, steps=steps),
         out_type=jax.ShapeDtypeStruct((3, experts, halves, math.prod(parts)), jnp.float32),
         grid=(experts, halves, *parts),
         grid_names=("expert", "half", "part", "row_tile"),
@@ -78,7 +77,7 @@ def quantize_tiles(
             plgpu.Barrier(num_barriers=stages),
         ],
     )
-    sums: jax.Array = kernel(x, constants, start, values, scales)
+    sums: jax.Array = kernel(x, constants, place, values, scales)
     return sums
 
 
@@ -105,7 +104,7 @@ def _swizzled(columns: int, row_bytes: int = ROW_BYTES) -> tuple[Any, ...]:
 def _kernel(
     x_gmem: Any,  # [e, S, N, K]
     constants_gmem: Any,  # [e * S, C], or None
-    start_gmem: Any,  # [1]
+    place_gmem: Any,  # [2]
     values_gmem: Any,  # [E, S_out, N, K]
     scales_gmem: Any,  # [E, S_out, K blocks, N blocks]
     sums_gmem: Any,  # [3, e, S, parts]
@@ -114,11 +113,10 @@ def _kernel(
     loaded: Any,  # barriers [stages]
     *,
     fmt: Format,
-    half: int,
     steps: int,
 ) -> None:
     expert, s, part, row_tile = (lax.axis_index(name) for name in ("expert", "half", "part", "row_tile"))
-    out, rows = (start_gmem[0] + expert, half + s), pl.ds(row_tile * THREADS, THREADS)
+    out, rows = (place_gmem[0] + expert, place_gmem[1] + s), pl.ds(row_tile * THREADS, THREADS)
     matrix, num_constants = expert * x_gmem.shape[1] + s, 0 if constants_gmem is None else constants_gmem.shape[1]
     constants = [constants_gmem[matrix, i] for i in range(num_constants)]
     stages, _, tile = x_smem.shape

@@ -1,0 +1,1 @@
+"""Measurements of whole loads; those of kernels are in `pallas_kernels.bench`."""
