@@ -97,6 +97,7 @@ def test_kernels_refuse_with_the_reason(kernel):
             jax.eval_shape(run, page.abstract((8, 256), activation), page.abstract((2, 256, 256), weight), sizes)
 
 
+@pytest.mark.slow
 def test_examples():
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     experts = {"w13_weight": normal(8, 2, 384, 256, seed=4), "w2_weight": normal(8, 256, 384, seed=5)}

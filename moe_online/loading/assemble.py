@@ -110,9 +110,9 @@ def _recognised(leaf: Leaf, by_child: Mapping[Child, Sequence[Claim]]) -> Format
     """The format of codes and scales that say nothing of themselves: fp8 in blocks of 128x128, or mxfp4."""
     dtypes = {child: np.dtype(claims[0].tensor.dtype) for child, claims in by_child.items()}
     values, scales = dtypes.get("values"), dtypes.get("scales")
-    if values == jnp.float8_e4m3fn and (scales is None or jnp.issubdtype(scales, jnp.floating)):
+    if values in (None, jnp.float8_e4m3fn) and (scales is None or jnp.issubdtype(scales, jnp.floating)):
         return get_format("fp8_per_block")
-    if values == np.uint8 and scales in (None, np.uint8):
+    if values in (None, np.uint8) and scales in (None, np.uint8):
         return get_format("mxfp4")
     found = ", ".join(f"{child} {dtype}" for child, dtype in dtypes.items())
     raise CheckpointError(

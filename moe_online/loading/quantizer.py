@@ -231,7 +231,9 @@ class _Half:
 
         def chunk(expert: Array, row: Array, rows: int, carry: Any) -> Any:
             sizes = (1, *(1 for _ in in_part), rows, k)
-            x = self.layout.take(self.part, (expert, *in_part, row, 0), sizes)
+            # XLA would do what does not depend on the loop before it, for all loops at once: where a part is one chunk.
+            part, first = lax.optimization_barrier((self.part, expert))
+            x = self.layout.take(part, (first, *in_part, row, 0), sizes)
             return body(carry, x.reshape(rows, k).astype(jnp.float32), expert, row)
 
         def one_expert(expert: Array, _: int, carry: Any) -> Any:

@@ -10,7 +10,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -100,10 +100,11 @@ def run(
     try:
         with _bar(progress) as bar, _compiling(plan, sink, steps):
             task = bar.add_task("loading", total=plan.read_bytes)
-            for unit, parts in _fetched(plan, source, meter, failures):
-                if parts is not None:
-                    _store(unit, parts, leaves[unit.target.name], sink, steps, meter, failures)
-                bar.update(task, advance=unit.nbytes)
+            with contextlib.closing(_fetched(plan, source, meter, failures)) as fetched:
+                for unit, parts in fetched:
+                    if parts is not None:
+                        _store(unit, parts, leaves[unit.target.name], sink, steps, meter, failures)
+                    bar.update(task, advance=unit.nbytes)
         failures.raise_if_any(plan.source)
     except BaseException:
         sink.drop()
@@ -147,7 +148,7 @@ def _compiling(plan: LoadPlan, sink: Sink, steps: StepCache) -> Iterator[None]:
 
 def _fetched(
     plan: LoadPlan, source: CheckpointSource, meter: PeakMeter, failures: _Failures
-) -> Iterator[tuple[Unit, list[jax.Array] | None]]:
+) -> Generator[tuple[Unit, list[jax.Array] | None], None, None]:
     """Yields the units in order with their parts on the devices; at most 1 + prefetch of them exist there at a time.
 
     One thread reads a unit further ahead into the host's memory, another hands over to the devices.
@@ -193,6 +194,9 @@ def _fetched(
             reader.close()
             for pool in (readers, copiers):
                 pool.shutdown(cancel_futures=True)
+            for _, future in on_device:  # of a load that failed
+                if not future.cancelled() and future.exception() is None:
+                    _delete(future.result() or [])
 
 
 def _put(by_device: Mapping[jax.Device, Any], aval: jax.ShapeDtypeStruct) -> jax.Array:

@@ -49,6 +49,7 @@ def by_hand(scheme):
 
 
 @pytest.mark.smoke
+@pytest.mark.slow
 def test_same_as_loading_by_hand(lm, tokens):
     model, report = by_hand("fp8_per_block")
     # One compiled function for both: the weights decide alone.

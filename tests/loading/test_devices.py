@@ -126,7 +126,7 @@ def run(code, request):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.smoke
+@pytest.mark.slow  # tests/loading/test_meshes.py has more of them
 def test_bits_and_places(request):
     for resident, peak, planned in run(BITS, request):
         assert resident <= peak <= planned

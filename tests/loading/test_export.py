@@ -67,7 +67,10 @@ def nested(tree, name):
 # What is stored
 
 
-@pytest.mark.parametrize("weight", [pytest.param(w, marks=[pytest.mark.smoke] * (w == "nvfp4")) for w in WEIGHTS])
+MARKS = {"nvfp4": pytest.mark.smoke, "fp8_per_block": (), "int4_per_group": ()}
+
+
+@pytest.mark.parametrize("weight", [pytest.param(w, marks=MARKS.get(w, pytest.mark.slow)) for w in WEIGHTS])
 def test_every_bit_comes_back(weight, tmp_path):
     params = exports.params(weight)
     path = save(params, tmp_path / "export")

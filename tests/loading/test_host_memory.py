@@ -97,6 +97,7 @@ def test_process_stays_within_the_plan(checkpoint, request):
     check_growth(found)
 
 
+@pytest.mark.slow
 def test_a_host_copy_that_stays_is_noticed(checkpoint, request):
     found = measured(checkpoint, True, request.config.rootpath / "tests" / "support")
     with pytest.raises(AssertionError, match="grew by"):

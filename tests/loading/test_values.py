@@ -40,8 +40,11 @@ def only(weight):
     return None if weight is None else QuantSpec(by_name(weight), None)
 
 
+DTYPES = [BF16, np.dtype(np.float16), np.dtype(np.float32)]
+
+
 @pytest.mark.smoke
-@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float16), np.dtype(np.float32)], ids=str)
+@pytest.mark.parametrize("dtype", few(DTYPES, (BF16, np.float32)), ids=str)
 @pytest.mark.parametrize("weight", few(WEIGHTS, (*WEIGHTS[:4], "int4_per_group", "mxfp4", "nvfp4")))
 def test_bits_are_those_of_numpy(weight, dtype):
     tree = ours(*sizes_for(weight), dtype=dtype)
@@ -125,7 +128,11 @@ def test_chunks_of_rows(monkeypatch, weight, sizes, layout):
     check_quantized(params, tree, weight)
 
 
-@pytest.mark.parametrize(("unit_bytes", "prefetch"), [*itertools.product([1, 50_000], [0, 1, 2]), (2**28, 1)])
+UNITS = [*itertools.product([1, 50_000], [0, 1, 2]), (2**28, 1)]
+MARKS = dict.fromkeys([(1, 1), (50_000, 0), (50_000, 2)], pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("unit_bytes", "prefetch"), [pytest.param(*u, marks=MARKS.get(u, ())) for u in UNITS])
 def test_units_and_prefetch_do_not_matter(unit_bytes, prefetch):
     tree = ours(e=5, h=96, i=64, layers=2)
     plan_arguments = {"quantization": "fp8_per_block", "unit_bytes": unit_bytes, "prefetch": prefetch}

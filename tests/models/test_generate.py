@@ -37,6 +37,7 @@ def test_greedy_tokens_are_those_of_the_full_forward_pass(model):
     np.testing.assert_array_equal(found, greedy_without_cache(model, PROMPTS, 12))
 
 
+@pytest.mark.slow
 def test_a_quantized_model_generates_alike():
     model = tiny_decoder.decoder(moe=MoE)
     for layer in model.layers:

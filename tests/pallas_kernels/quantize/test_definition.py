@@ -36,7 +36,7 @@ def check(run, x, name):
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_codes_and_scales(name, shape, dtype):
     shape = whole_blocks(name, shape)
     q = check(jitted, cast(normal(*shape), dtype), name)

@@ -13,13 +13,14 @@ from leaves import amax_of, check_loss, leaf, weights
 from numpy_quantizer import WEIGHTS, quantize_numpy
 from pallas_kernels import UnsupportedError
 from pallas_kernels.quantize import quantize_into
+from quick import few
 from tolerance import assert_same_bits
 
 run = jax.jit(quantize_into, static_argnames=("half", "implementation"))
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", few(WEIGHTS))
 def test_bits_and_places(name, dtype):
     x = (weights() / 64).astype(dtype)
     out, expected = leaf(name), quantize_numpy(x, name, shared_axes=(1,))
