@@ -101,7 +101,7 @@ def test_the_package_has_the_function():
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("weight", few(WEIGHTS))
+@pytest.mark.parametrize("weight", few(WEIGHTS, quick=["fp8_per_block", "nvfp4"]))
 def test_bits_are_those_of_numpy(weight):
     """Also of scales above those of blocks: none is that of the old weights."""
     old, new = (ours(*sizes_for(weight), seed=seed) for seed in (0, 50))
@@ -215,7 +215,7 @@ def check_everything(params, source):
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("staging", few(STAGINGS, quick=["host"]))
 def test_everything_that_experts_can_have(staging):
     expert_map = jnp.asarray([0, -1, 1, -1, 2], jnp.int32)
     mapping = {"own": "E K N"}
@@ -302,7 +302,7 @@ class Compilations:
         ("int8_w8a16", "host"),
         pytest.param("int8_w8a16", "device", marks=pytest.mark.slow),
         pytest.param(None, "host", marks=pytest.mark.slow),
-        (None, "device"),
+        pytest.param(None, "device", marks=pytest.mark.slow),
     ],
 )
 def test_modules_are_updated_in_place_and_compiled_once(quantization, staging):
@@ -381,7 +381,7 @@ def reads(tree, unit_bytes):
 @pytest.mark.smoke
 @pytest.mark.parametrize("staging", STAGINGS)
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-@pytest.mark.parametrize("error", [CorruptCheckpoint, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", few([CorruptCheckpoint, OSError, KeyboardInterrupt], quick=[CorruptCheckpoint]))
 def test_a_read_that_fails_changes_nothing(error, place, staging):
     unit_bytes = 40_000
     count = reads(NEW, unit_bytes)
@@ -551,7 +551,7 @@ def per_expert(tree):
     return found
 
 
-@pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.parametrize("staging", few(STAGINGS, quick=["host"]))
 def test_mappings(staging):
     params = loaded()
     params = again(params, per_expert(NEW), mapping=PER_EXPERT, staging=staging, unit_bytes=40_000).params
@@ -563,8 +563,8 @@ def test_mappings(staging):
     check_quantized({"l1": params["l1"]}, {"l1": NEW["l1"]}, "fp8_per_block")
 
 
-@pytest.mark.parametrize("unit_bytes", [1, 40_000, 2**28])
-@pytest.mark.parametrize("weight", ["fp8_per_block", "fp8_per_tensor", None])
+@pytest.mark.parametrize("unit_bytes", few([1, 40_000, 2**28], quick=[1]))
+@pytest.mark.parametrize("weight", few(["fp8_per_block", "fp8_per_tensor", None], quick=["fp8_per_tensor", None]))
 def test_leaves_of_all_layers(weight, unit_bytes):
     """`[L, E, ...]`, as nnx.vmap makes them."""
     one = declared(OLD)["l0"]
@@ -667,7 +667,10 @@ def check_peak(report, prefetch, largest_unit_bytes):
     assert report.peak_bytes > largest_unit_bytes
 
 
-@pytest.mark.parametrize(("unit_bytes", "prefetch"), [(2**28, 0), (2**22, 1), (2**21, 2)])
+@pytest.mark.parametrize(
+    ("unit_bytes", "prefetch"),
+    [(2**22, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2**28, 0), (2**21, 2)))],
+)
 def test_staging_on_the_host_takes_some_units_of_the_device(monkeypatch, large, unit_bytes, prefetch):
     params = load(large, "fp8_per_block")
     start = device_bytes()
