@@ -84,6 +84,7 @@ def test_the_lines_are_ten():
 
 @jax.numpy_dtype_promotion("standard")  # their model, and flax's norm, let JAX promote
 @jax.numpy_rank_promotion("allow")
+@pytest.mark.slow
 def test_ten_lines_load_their_checkpoint(trained):
     theirs, path = trained
     names = run(path)

@@ -84,7 +84,7 @@ def test_bits_are_those_of_numpy(weight, dtype):
 
 
 @pytest.mark.parametrize("shape", [(257, 130), (1, 1), (129, 5)], ids=str)
-@pytest.mark.parametrize("weight", few(WEIGHTS))
+@pytest.mark.parametrize("weight", few(WEIGHTS, ("fp8_per_block", "nvfp4")))
 def test_chunks_of_rows(monkeypatch, weight, shape):
     """Several chunks along N, the last one ragged, have the bits of one: also of a scale that spans the matrix."""
     monkeypatch.setattr(quantizer, "CHUNK_ELEMENTS", 2**10)
@@ -370,7 +370,9 @@ class Tower(nnx.Module):
 
 
 @pytest.mark.parametrize("prefetch", few([0, 1, 2], (0, 1)))
-@pytest.mark.parametrize("scheme", ["fp8_per_block", "fp8_per_tensor", "nvfp4_w4a16", "int8_w8a16", None])
+@pytest.mark.parametrize(
+    "scheme", few(["fp8_per_block", "fp8_per_tensor", "nvfp4_w4a16", "int8_w8a16", None], ("fp8_per_tensor", None))
+)
 def test_measured_peak_is_within_the_plan(monkeypatch, scheme, prefetch):
     monkeypatch.setattr(quantizer, "CHUNK_ELEMENTS", 2**13)  # so that temporaries hide nothing
     abstract = nnx.eval_shape(lambda: Tower(rngs=nnx.Rngs(0)))

@@ -162,7 +162,6 @@ def test_the_same_format_may_be_asked_for(fmt):
         assert {tensor.rule for tensor in report.tensors} == {"moe, as stored"}
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("fmt", "weight", "unit_bytes"),
     [
@@ -190,7 +189,6 @@ def test_another_format_needs_leave(fmt, weight, unit_bytes):
         check_requantized(load(fmt, doubled, requantize=True, **arguments).params, fmt, weight)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)], ids=str)
 @pytest.mark.parametrize("fmt", [FP8, MXFP4])
 def test_real_numbers_need_leave(fmt, dtype):
@@ -217,6 +215,7 @@ def test_ignored_layers_are_not_decoded_in_silence():
 
 
 @pytest.mark.parametrize("fmt", [FP8, MXFP4])
+@pytest.mark.slow
 def test_files(tmp_path, fmt):
     save_file(stored(fmt), tmp_path / "model.safetensors")
     params, report = load(fmt, tmp_path, unit_bytes=50_000)
@@ -239,6 +238,7 @@ def stacked(fmt):
 
 @pytest.mark.parametrize("unit_bytes", few([1, 2**28], quick=[1]))
 @pytest.mark.parametrize("weight", [None, "int8_per_channel"])
+@pytest.mark.slow
 def test_leaves_of_all_layers(weight, unit_bytes):
     source = {f"layers.{i}.{name}": x for i in range(2) for name, x in stored(FP8).items()}
     mapping = {f"layers.{{L}}.{name}": rule.replace("-> ", "-> moe.") for name, rule in RULES[FP8].items()}
@@ -266,7 +266,6 @@ def without(fmt, *dropped):
     return {name: x for name, x in stored(fmt).items() if name not in dropped}
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("function", [moe_online.plan, quiet_load])
 def test_codes_and_scales_belong_together(function):
     check = functools.partial(refused, MissingWeights, function=function)
@@ -292,7 +291,6 @@ def test_codes_by_the_name_of_the_weight_are_no_numbers():
     check_taken_over(quiet_load(declared(FP8), codes | scales).params, FP8)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("unit_bytes", few([1, 2**28], quick=[2**28]))
 @pytest.mark.parametrize("requantize", [False, True])
 @pytest.mark.parametrize(
@@ -388,7 +386,6 @@ def linear():
     return nnx.eval_shape(lambda: Linear(K, N, use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.smoke
 def test_dense_kernels_are_taken_over():
     params, report = quiet_load(linear(), dense(), mapping=DENSE, unit_bytes=1)
     found = params.kernel.get_value()
@@ -401,6 +398,7 @@ def test_dense_kernels_are_taken_over():
 
 
 @pytest.mark.parametrize("weight", few(["int8_per_channel", "mxfp8", None], quick=["int8_per_channel", None]))
+@pytest.mark.slow
 def test_dense_kernels_are_decoded(weight):
     real = dequantize_numpy(kernel(), FP8).astype(np.float32)
     abstract, source = linear(), dense()
@@ -435,6 +433,7 @@ def test_plain_kernels_cannot_hold_codes():
     assert report.peak_bytes <= report.planned_peak_bytes
 
 
+@pytest.mark.slow
 def test_leaves_of_ones_own():
     """A rule says that they are experts."""
     codes, scales = parts(FP8)["w2_weight"]
@@ -445,6 +444,7 @@ def test_leaves_of_ones_own():
 
 
 @pytest.mark.parametrize("staging", few(["host", "device"], quick=["host"]))
+@pytest.mark.slow
 def test_reload(staging):
     """Codes of the format that is loaded are taken over, others and numbers decoded where that is allowed."""
     arguments = {"mapping": RULES[FP8], "staging": staging, "progress": False, "unit_bytes": 50_000}
@@ -471,6 +471,7 @@ def test_reload(staging):
             assert_same_bits(getattr(other, name), real.astype(BF16))
 
 
+@pytest.mark.slow
 def test_decoding_is_within_the_plan():
     """What is decoded counts: in f32, all of a unit. The plan would be too small without it."""
     sizes = (4, 512, 384)

@@ -121,7 +121,6 @@ def test_bits_are_those_of_numpy(weight):
         check_quantized(params, old, weight)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("unit_bytes", [1, 100_000, 2**28])
 def test_staging_on_the_host_fills_the_old_buffers(unit_bytes):
     params = loaded()
@@ -214,7 +213,6 @@ def check_everything(params, source):
     np.testing.assert_array_equal(params["mask"], source["mask"])
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("staging", few(STAGINGS, quick=["host"]))
 def test_everything_that_experts_can_have(staging):
     expert_map = jnp.asarray([0, -1, 1, -1, 2], jnp.int32)
@@ -295,7 +293,6 @@ class Compilations:
         self.active = False
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("quantization", "staging"),
     [
@@ -305,6 +302,7 @@ class Compilations:
         pytest.param(None, "device", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_modules_are_updated_in_place_and_compiled_once(quantization, staging):
     model, fresh = served(0, quantization), served(1, quantization)
     graph, traces = nnx.graphdef(model), []
@@ -333,6 +331,7 @@ def test_modules_are_updated_in_place_and_compiled_once(quantization, staging):
     assert compiled.count > 0
 
 
+@pytest.mark.slow
 def test_plain_trees_with_dense_kernels():
     """As linen has them: no module says that they are kernels."""
     new = trained(1)
@@ -378,7 +377,6 @@ def reads(tree, unit_bytes):
     return len(source.reads)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("staging", STAGINGS)
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
 @pytest.mark.parametrize("error", few([CorruptCheckpoint, OSError, KeyboardInterrupt], quick=[CorruptCheckpoint]))
@@ -409,7 +407,6 @@ def with_nan(at):
     return changed(w2_weight=x)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("staging", STAGINGS)
 @pytest.mark.parametrize(
     ("source", "error", "names"),
@@ -434,6 +431,7 @@ def test_a_source_that_does_not_fit_changes_nothing(source, error, names, stagin
 
 @pytest.mark.parametrize("sink", [OnHost, OnDevices])
 @pytest.mark.parametrize("at", [1, 5, 12])
+@pytest.mark.slow
 def test_memory_that_runs_out_changes_nothing(monkeypatch, sink, at):
     """Where a unit begins, the most of it that fits being on the device."""
     params = loaded()
@@ -461,6 +459,7 @@ def test_no_checkpoint_changes_nothing(tmp_path):
     check_same(params, before)
 
 
+@pytest.mark.slow
 def test_from_files(tmp_path):
     moe_online.save_quantized(load(NEW, "fp8_per_block"), tmp_path / "export")
     params = loaded()
@@ -476,7 +475,6 @@ def test_from_files(tmp_path):
     check_same(other, before)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
@@ -488,6 +486,7 @@ def test_from_files(tmp_path):
     ],
 )
 @pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.slow
 def test_names(names, chosen, staging):
     params = loaded()
     source = WatchedSource(open_source(NEW | {"surplus": random(3)}))
@@ -552,6 +551,7 @@ def per_expert(tree):
 
 
 @pytest.mark.parametrize("staging", few(STAGINGS, quick=["host"]))
+@pytest.mark.slow
 def test_mappings(staging):
     params = loaded()
     params = again(params, per_expert(NEW), mapping=PER_EXPERT, staging=staging, unit_bytes=40_000).params
@@ -565,6 +565,7 @@ def test_mappings(staging):
 
 @pytest.mark.parametrize("unit_bytes", few([1, 40_000, 2**28], quick=[1]))
 @pytest.mark.parametrize("weight", few(["fp8_per_block", "fp8_per_tensor", None], quick=["fp8_per_tensor", None]))
+@pytest.mark.slow
 def test_leaves_of_all_layers(weight, unit_bytes):
     """`[L, E, ...]`, as nnx.vmap makes them."""
     one = declared(OLD)["l0"]
@@ -586,7 +587,6 @@ def test_leaves_of_all_layers(weight, unit_bytes):
             assert_same_parts(found, quantize_numpy(wanted, weight, shared_axes=halves))
 
 
-@pytest.mark.smoke
 def test_a_hundred_reloads_leave_nothing_behind(request):
     trees = [ours(2, 32, 16, seed=seed) for seed in (0, 50)]
     trees = [tree | {"norm": random(32, seed=i), "step": np.asarray(i, np.int32)} for i, tree in enumerate(trees)]
@@ -623,6 +623,7 @@ def test_a_hundred_reloads_leave_nothing_behind(request):
 
 
 @pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.slow
 def test_arrays_of_no_device_in_particular(staging):
     """As `jnp.zeros` makes them. Those that are copied into stay so, for which functions were compiled."""
     params = {"w": jnp.zeros((4, 6)), "s": jnp.zeros(()), "b": jnp.zeros((0, 3))}
@@ -640,6 +641,7 @@ def test_arrays_of_no_device_in_particular(staging):
 
 
 @pytest.mark.parametrize("staging", STAGINGS)
+@pytest.mark.slow
 def test_one_array_in_two_places(staging):
     one = jax.device_put(random(4, 6, dtype=np.float32), jax.devices()[0])
     new = {name: random(4, 6, dtype=np.float32, seed=seed) for seed, name in enumerate("ab", 1)}

@@ -109,7 +109,7 @@ def test_plain_leaf_with_stated_axes(weight):
     assert [tensor.rule for tensor in report.tensors] == ["moe", "dense: rank 1"]
 
 
-@pytest.mark.parametrize("weight", few(WEIGHTS))
+@pytest.mark.parametrize("weight", few(WEIGHTS, ("fp8_per_block", "nvfp4")))
 @pytest.mark.parametrize(
     ("sizes", "layout"),
     [((2, 130, 257), "ours"), ((2, 130, 257), "apart"), ((1, 1, 1), "ours"), ((3, 5, 129), "apart")],

@@ -29,7 +29,7 @@ def bf16():
     ("linear", "rise"),
     [
         pytest.param("int8_w8a16", 0.01, marks=pytest.mark.slow),
-        ("fp8_per_block", 0.01),
+        pytest.param("fp8_per_block", 0.01, marks=pytest.mark.slow),
         pytest.param("nvfp4_w4a16", 0.06, marks=pytest.mark.slow),
     ],  # as for experts of 8 and of 4 bits
 )

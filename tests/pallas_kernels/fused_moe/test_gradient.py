@@ -138,7 +138,7 @@ def straight(fmt):
     ("weight", "activation"),
     [
         (None, None),
-        ("fp8_per_block", "fp8_per_group"),
+        pytest.param("fp8_per_block", "fp8_per_group", marks=pytest.mark.slow),
         pytest.param(None, "mxfp4", marks=pytest.mark.slow),
         pytest.param("int8_per_channel", "int8_per_token", marks=pytest.mark.slow),
         pytest.param("fp8_per_block", None, marks=pytest.mark.slow),
@@ -245,6 +245,7 @@ def test_a_second_derivative_is_an_error_not_zero(activation):
         jax.grad(lambda x: jnp.sum(gradient(x)))(arrays["x"])
 
 
+@pytest.mark.slow
 def test_padding_has_no_say_in_gradients():
     """Neither in a scale of all tokens nor, where it is no number, in those of weights."""
     arrays, ids, cotangent = problem()

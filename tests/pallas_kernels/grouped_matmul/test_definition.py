@@ -54,7 +54,7 @@ def test_groups(weight, activation, sizes):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("weight", few(WEIGHTS, (None, "fp8_per_block", "int4_per_group", "nvfp4")))
+@pytest.mark.parametrize("weight", few(WEIGHTS, ("fp8_per_block", "nvfp4")))
 def test_every_pair_of_formats(weight, activation):
     check_definition(weight, activation, GROUPS["ragged, short"])
 
