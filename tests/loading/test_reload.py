@@ -345,6 +345,7 @@ def test_plain_trees_with_dense_kernels():
     assert_same_parts(found["up"]["kernel"].weight, quantize_numpy(swapped(kernel), "int8_per_channel"))
 
 
+@pytest.mark.slow
 def test_live_weights_of_a_trainer_stay_as_they_are():
     source = jax.tree.map(jnp.copy, trained(1))
     before = bits(source)
@@ -503,6 +504,7 @@ def test_names(names, chosen, staging):
             assert_same_parts(found, wanted)
 
 
+@pytest.mark.slow
 def test_names_of_modules():
     model = served(0)
     before = dict(zip(nnx.to_flat_state(nnx.state(model)).paths, pointers_by_leaf(nnx.state(model)), strict=True))
