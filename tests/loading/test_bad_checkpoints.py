@@ -137,6 +137,7 @@ def test_many_missing_tensors_are_all_named():
 
 
 @pytest.mark.smoke
+@pytest.mark.slow
 def test_unexpected_tensors():
     source = as_ken(TREE) | {"head": {"kernel": np.zeros((2, 2), np.float32)}, "mtp": np.zeros(3, np.float32)}
     assert_refused(UnexpectedWeights, source, 'unexpected="ignore"', names=["head.kernel", "mtp"])

@@ -92,6 +92,7 @@ def check_growth(found):
     assert report["peak_bytes"] <= plan["peak_bytes"]
 
 
+@pytest.mark.slow
 def test_process_stays_within_the_plan(checkpoint, request):
     found = measured(checkpoint, False, request.config.rootpath / "tests" / "support")
     check_growth(found)

@@ -380,6 +380,7 @@ def saved_from(mesh, path):
 
 
 @pytest.mark.parametrize("shapes", [[(2, 4)], pytest.param([(2, 2), (4, 2), (8, 1), (1, 4)], marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_each_device_reads_its_own_shard(request, shapes):
     checked, *found = in_eight_devices(request, "shards", shapes=shapes)
     assert len(checked) == 4 * len(shapes)

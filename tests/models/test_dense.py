@@ -47,6 +47,7 @@ def test_quantized_projections_cost_little(bf16, linear, rise):
     assert both.kl_per_byte > 1.2 * experts.kl_per_byte  # it shows
 
 
+@pytest.mark.slow
 def test_what_is_quantized():
     lm = load({"linear": "int8_w8a16", "moe": "fp8_per_block"})
     linear = {tensor.name for tensor in lm.report.tensors if tensor.rule == "linear"}
