@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moe_online.dense import DenseKernel
 from moe_online.errors import ConfigError
@@ -38,6 +36,7 @@ from moe_online.loading.manifest import (
     block_bytes,
     raw,
 )
+from moe_online.loading.messages import progress_bar
 from moe_online.loading.tree import path_name
 from pallas_kernels import Format, QuantizedArray, get_format
 
@@ -108,7 +107,7 @@ class Export:
         Raises:
           CheckpointError: it cannot be written.
         """
-        with write_errors(destination), _bar(progress) as bar:
+        with write_errors(destination), progress_bar(progress) as bar:
             check_space(folder, self.nbytes, destination)
             task = bar.add_task("writing", total=self.nbytes)
             item = folder / ITEM
@@ -349,16 +348,3 @@ def _item_metadata(names: Iterable[str]) -> dict[str, Any]:
 
 def _json(values: Mapping[str, Any]) -> bytes:
     return json.dumps(values).encode()
-
-
-def _bar(visible: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not visible,
-        transient=True,
-    )

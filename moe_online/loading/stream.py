@@ -17,12 +17,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from moe_online.errors import CorruptCheckpoint, NonFiniteWeight
 from moe_online.loading.memory import PeakMeter
-from moe_online.loading.messages import listed
+from moe_online.loading.messages import listed, progress_bar
 from moe_online.loading.parts import Part
 from moe_online.loading.plan import LoadPlan
 from moe_online.loading.quantizer import PartLayout
@@ -98,7 +96,7 @@ def run(
     steps = StepCache() if steps is None else steps
     leaves = {target.name: _Progressing() for target in plan.targets}
     try:
-        with _bar(progress) as bar, _compiling(plan, sink, steps):
+        with progress_bar(progress) as bar, _compiling(plan, sink, steps):
             task = bar.add_task("loading", total=plan.read_bytes)
             with contextlib.closing(_fetched(plan, source, meter, failures)) as fetched:
                 for unit, parts in fetched:
@@ -307,16 +305,3 @@ def _relative_l2(error: float, norm: float, size: int) -> float | None:
     if not math.isfinite(error) or not math.isfinite(norm) or norm <= size * LEAST_SQUARE:
         return None
     return math.sqrt(error / norm)
-
-
-def _bar(visible: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not visible,
-        transient=True,
-    )

@@ -9,8 +9,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
-import sys
 import tempfile
 
 import jax
@@ -21,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
 from by_name import assert_same_parts, by_name
+from eight_devices import in_eight_devices
 from moe_online.experts import abstract_experts
 from moe_online.flax import Linear
 from moe_online.loading import open_source
@@ -47,21 +46,6 @@ BIASES = {"w13_bias": "E S N -> w13_bias", "w2_bias": "E N -> w2_bias"}
 LAYOUTS = ("ours", "ken", "per expert", "orbax: a chunk per expert", "orbax: one chunk")
 AXES = {"w13_weight": "ESIH", "w2_weight": "EHI", "gate": "EHI", "up": "EHI", "down": "EIH", "w2_bias": "EH"}
 AXES |= {"w13_bias": "ESI"}  # where E and I are in each stored tensor
-
-
-def in_eight_devices(request, name, **arguments):
-    paths = [str(request.config.rootpath / "tests" / part) for part in ("support", "loading")]
-    code = f"""
-import sys
-sys.path[:0] = {paths!r}
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-import test_meshes
-test_meshes.{name}(**{arguments!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def mesh_of(shape):
@@ -196,7 +180,7 @@ PAIRS = list(zip(itertools.cycle(["fp8_per_tensor", *FORMATS[:3], None, *FORMATS
 )
 def test_bits(request, pairs):
     """And no weights go from device to device: only maxima and statistics do."""
-    reductions, found = in_eight_devices(request, "bits", pairs=pairs)
+    reductions, found = in_eight_devices(request, "test_meshes", "bits", pairs=pairs)
     assert len(reductions) == len(pairs)
     for (_, shape), count in zip(pairs, reductions, strict=True):
         assert (count > 0) == (shape != (1, 1))  # what is looked for in the text is there
@@ -240,7 +224,7 @@ def kernels(pairs):
     ids=["some", *map(str, (*WEIGHTS, None))],
 )
 def test_kernels(request, pairs):
-    assert in_eight_devices(request, "kernels", pairs=pairs) >= 2 * len(pairs)
+    assert in_eight_devices(request, "test_meshes", "kernels", pairs=pairs) >= 2 * len(pairs)
 
 
 class Shards(WatchedSource):
@@ -382,6 +366,6 @@ def saved_from(mesh, path):
 @pytest.mark.parametrize("shapes", [[(2, 4)], pytest.param([(2, 2), (4, 2), (8, 1), (1, 4)], marks=pytest.mark.slow)])
 @pytest.mark.slow
 def test_each_device_reads_its_own_shard(request, shapes):
-    checked, *found = in_eight_devices(request, "shards", shapes=shapes)
+    checked, *found = in_eight_devices(request, "test_meshes", "shards", shapes=shapes)
     assert len(checked) == 4 * len(shapes)
     assert found == [True, True]

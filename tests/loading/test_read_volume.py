@@ -6,8 +6,6 @@ In a process of its own, where a CPU counts as eight devices: a test calls the f
 import json
 import math
 import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -17,6 +15,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
+from eight_devices import in_eight_devices
 from moe_online.experts import abstract_experts
 from moe_online.loading import reader
 from process_memory import needs_linux
@@ -142,21 +141,6 @@ def forgetful(**arguments):
     volumes(**arguments)
 
 
-def in_eight_devices(request, name, **arguments):
-    paths = [str(request.config.rootpath / "tests" / part) for part in ("support", "loading")]
-    code = f"""
-import sys
-sys.path[:0] = {paths!r}
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-import test_read_volume
-test_read_volume.{name}(**{arguments!r})
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize(
     ("shapes", "unit_bytes"),
     [
@@ -166,7 +150,7 @@ test_read_volume.{name}(**{arguments!r})
 )
 def test_every_byte_is_read_once(request, tmp_path, shapes, unit_bytes):
     arguments = {"folder": str(tmp_path), "kinds": KINDS, "shapes": shapes, "unit_bytes": unit_bytes}
-    found = in_eight_devices(request, "volumes", **arguments)
+    found = in_eight_devices(request, "test_read_volume", "volumes", **arguments)
     assert len(found) == len(KINDS) * len(shapes)
     assert all(0.98 < ratio <= LIMIT for ratio, *_ in found), found
 
@@ -175,5 +159,5 @@ def test_every_byte_is_read_once(request, tmp_path, shapes, unit_bytes):
 def test_a_reader_that_forgets_is_noticed(request, tmp_path):
     kinds = [kind for kind in KINDS if kind[2] in ("one chunk", "across")]
     arguments = {"folder": str(tmp_path), "kinds": kinds, "shapes": [(4, 2)], "unit_bytes": 2**17}
-    found = in_eight_devices(request, "forgetful", **arguments)
+    found = in_eight_devices(request, "test_read_volume", "forgetful", **arguments)
     assert all(ratio > LIMIT for ratio, *_ in found), found
