@@ -42,6 +42,8 @@ class SharedExpertWeights:
     w2_weight: Weight  # [1, H, I]
     gate_weight: Leaf | None = None  # [H]; the sigmoid of its product with the input multiplies the output
     activation_format: Format | None = dataclasses.field(default=None, metadata={"static": True})
+    # I before the loader filled it up with zeros, so that each device has whole blocks; None: it is not padded.
+    intermediate_size_unpadded: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +67,8 @@ class ExpertWeights:
     orig_dtype: np.dtype[Any] = dataclasses.field(metadata={"static": True})  # before quantization
     # Of the matmuls' inputs. It travels with the weights, so a layer that was swapped in needs no second setting.
     activation_format: Format | None = dataclasses.field(default=None, metadata={"static": True})
+    # I before the loader filled it up with zeros, so that each device has whole blocks; None: it is not padded.
+    intermediate_size_unpadded: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def num_experts(self) -> int:
@@ -161,7 +165,7 @@ def abstract_experts(
             if name is not None and size % mesh.shape[name]:
                 raise ValueError(
                     f"{size} of {'shared.' * shared}{field} {shape} does not divide among the {mesh.shape[name]} "
-                    f"devices of mesh axis {name!r}"
+                    f"devices of mesh axis {name!r}; moe_online.load(mesh=...) pads what is declared without a mesh"
                 )
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 

@@ -18,6 +18,7 @@ from moe_online.loading.exported import ExportSource
 from moe_online.loading.manifest import Manifest
 from moe_online.loading.mapping import Assigned, assign
 from moe_online.loading.orbax import OrbaxSource
+from moe_online.loading.padding import padded
 from moe_online.loading.plan import LoadPlan, make_plan
 from moe_online.loading.report import LoadReport
 from moe_online.loading.safetensors import SafetensorsSource, is_safetensors
@@ -79,7 +80,8 @@ def load(
       requantize: Whether codes of a checkpoint that is quantized already may become those of another format, or real
         numbers. Otherwise they are taken over as they are, and any other wish is an error.
       mesh: Places leaves that have no sharding, or a single device's: experts over its axes `expert` and `tensor`, the
-        rest on every device.
+        rest on every device. An intermediate size that does not give each device of `tensor` whole blocks of scales is
+        filled up with zeros until it does; `ExpertWeights.intermediate_size_unpadded` tells what it was.
       unit_bytes: Most source bytes per unit; one expert (or row, or kernel that is quantized) is the least.
       memory_limit: Bytes that the planned peak may reach, on all devices together; units become smaller where that
         is needed.
@@ -197,7 +199,7 @@ def _prepare(
     formats: Mapping[str, Format] = getattr(opened, "stored_formats", {})
     assigned = assign(tree.leaves, opened.tensors, mapping or {}, unexpected, opened.description, formats)
     specs = choose_specs(assigned, config, requantize=requantize, activations=getattr(opened, "activations", None))
-    targets = [make_target(each, mesh, *specs[each.leaf.name]) for each in assigned]
+    targets = [make_target(each, mesh, *specs[each.leaf.name]) for each in padded(assigned, specs, mesh)]
     made = make_plan(opened.description, targets, unit_bytes=unit_bytes, memory_limit=memory_limit, prefetch=prefetch)
     return tree, opened, made
 

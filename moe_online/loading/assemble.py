@@ -123,8 +123,8 @@ def _recognised(leaf: Leaf, by_child: Mapping[Child, Sequence[Claim]]) -> Format
 
 
 def child_sizes(leaf: Leaf, child: Child, fmt: Format | None) -> dict[str, int]:
-    """The size of each letter of a leaf, or of a child of it that is stored as `fmt`."""
-    letters, shape = leaf.axes or "", tuple(leaf.aval.shape)
+    """The size of each letter of a leaf, or of a child of it that is stored as `fmt`, in the checkpoint."""
+    letters, shape = leaf.axes or "", leaf.source_shape
     sizes = dict(zip(letters, shape, strict=False))
     if fmt is None or not child:
         return sizes
@@ -237,7 +237,7 @@ def _fragment(leaf: Leaf, claim: Claim, sizes: Mapping[str, int], findings: Find
     at = {letter for letter, _ in claim.at}
     if EXPERT not in rule.axes and EXPERT not in at and sizes.get(EXPERT) == 1:
         groups = (EXPERT + groups[0], *groups[1:])
-    if claim.split is None and all(len(group) == 1 and group in AXES for group in groups):
+    if claim.split is None and groups == tuple(rule.axes):
         return Fragment(tensor=tensor)
     if claim.split is not None:
         axis = groups.index(claim.split[0])

@@ -24,7 +24,7 @@ from flax import nnx
 
 from moe_online.dense import DenseKernel
 from moe_online.errors import ConfigError
-from moe_online.experts import ExpertWeights, SharedExpertWeights
+from moe_online.experts import SHARED_SIZES, SIZES, ExpertWeights, SharedExpertWeights
 from moe_online.loading.folder import check_space, new_folder, write_errors, write_file
 from moe_online.loading.manifest import (
     FILE,
@@ -37,7 +37,7 @@ from moe_online.loading.manifest import (
     raw,
 )
 from moe_online.loading.messages import progress_bar
-from moe_online.loading.tree import path_name
+from moe_online.loading.tree import SHARED, join, path_name
 from pallas_kernels import Format, QuantizedArray, get_format
 
 CHUNK_BYTES = 16 * 2**20  # most in a stored chunk, and so in a piece on its way
@@ -89,12 +89,13 @@ class Export:
     """Arrays to write, by name, and what their leaves are."""
 
     arrays: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]  # of what is written of them: all but padding
     leaves: Mapping[str, LeafFormat]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(math.prod(array.shape) * array.dtype.itemsize for array in self.arrays.values())
+        """Bytes that are written."""
+        return sum(math.prod(self.shapes[name]) * array.dtype.itemsize for name, array in self.arrays.items())
 
     def write(self, folder: Path, *, destination: str | os.PathLike[str], progress: bool) -> None:
         """Fills an empty folder; every file is on the disk afterwards, under names that may not be yet.
@@ -133,7 +134,33 @@ def collect(params: Any) -> Export:
     found = [leaf for path, node in nodes for leaf in _leaves(path_name(path), node)]
     arrays = [array for name, value, _ in found for array in _parts(name, value)]
     _check(arrays)
-    return Export(arrays=dict(arrays), leaves={name: leaf for name, _, leaf in found})
+    shapes = {name: tuple(array.shape) for name, array in arrays}
+    for path, node in nodes:
+        if isinstance(node, ExpertWeights):
+            shapes |= _unpadded(path_name(path), node)
+    return Export(arrays=dict(arrays), shapes=shapes, leaves={name: leaf for name, _, leaf in found})
+
+
+def _unpadded(name: str, node: ExpertWeights) -> dict[str, tuple[int, ...]]:
+    """Shapes of what is padded in experts, without that: another mesh may need another padding, or none."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, own, sizes in ((name, node, SIZES), (join(name, SHARED), node.shared, SHARED_SIZES)):
+        size = None if own is None else own.intermediate_size_unpadded
+        for field, letters in sizes.items() if size is not None else ():
+            value = getattr(own, field)
+            if value is not None and "I" in letters:
+                axis = letters.index("I") - len(letters)
+                shape = (*value.shape[:axis], size, *value.shape[value.ndim + axis + 1 :])
+                shapes |= _part_shapes(join(prefix, field), value, shape)
+    return shapes
+
+
+def _part_shapes(name: str, value: Any, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    if not isinstance(value, QuantizedArray):
+        return {name: shape}
+    fmt = value.format
+    shapes = (fmt.values_shape(shape), fmt.scales_shape(shape), fmt.global_shape(shape))
+    return {f"{name}.{part}": found for part, found in zip(PARTS, shapes, strict=True) if found is not None}
 
 
 def _leaves(name: str, node: Any) -> Iterator[tuple[str, Any, LeafFormat]]:
@@ -234,19 +261,20 @@ def _write_arrays(item: Path, export: Export, advance: Callable[[int], None]) ->
     with ThreadPoolExecutor(WRITERS, thread_name_prefix="moe-online-writer") as pool:
         try:
             for name, array in export.arrays.items():
-                dtype, chunk = np.dtype(array.dtype), chunk_shape(array.shape, array.dtype.itemsize)
+                dtype, shape = np.dtype(array.dtype), export.shapes[name]
+                chunk = chunk_shape(shape, dtype.itemsize)
                 (item / name).mkdir()
-                write_file(item / name / ".zarray", _json(_zarray(array.shape, chunk, dtype)))
+                write_file(item / name / ".zarray", _json(_zarray(shape, chunk, dtype)))
                 # Experts are told one by one, the elements of a plain vector are not.
-                step = chunk[0] if array.ndim == 1 and name in export.leaves else 1
-                running = RunningChecksums(block_bytes(array.shape, dtype.itemsize, step))
-                for key, region in _grid(array.shape, chunk):
+                step = chunk[0] if len(shape) == 1 and name in export.leaves else 1
+                running = RunningChecksums(block_bytes(shape, dtype.itemsize, step))
+                for key, region in _grid(shape, chunk):
                     settle(WRITERS - 1)
                     piece = raw(_piece(array, region))
                     running.add(piece)
                     padding = math.prod(chunk) * dtype.itemsize - len(piece)
                     pending.append((len(piece), pool.submit(_write_chunk, item / name / key, piece, padding)))
-                stored[name] = StoredArray(shape=array.shape, dtype=dtype, step=step, checksums=running.finish())
+                stored[name] = StoredArray(shape=shape, dtype=dtype, step=step, checksums=running.finish())
             settle(0)
         finally:
             pool.shutdown(cancel_futures=True)

@@ -43,6 +43,8 @@ def regions(unit: Unit, part: Part) -> Iterator[_Region]:
     row_axes = set(unit.target.permutation(part)[: 1 + unit.target.is_stacked])
     for device, index in unit.regions(part).items():
         key = ("", _bounds(index))
+        if any(start == stop for start, stop in key[1]) and unit.target.is_padded:
+            continue  # padding alone
         indices[key] = index
         rows = tuple(bounds for axis, bounds in enumerate(key[1]) if axis in row_axes)
         by_rows[rows].setdefault(key, []).append(device)
@@ -132,7 +134,8 @@ class Reader:
                 raise error
         if corrupt:
             raise CorruptCheckpoint(str(corrupt[0]), names=dict.fromkeys(n for e in corrupt for n in e.names))
-        return [{device: array for each in part for device, array in each().items()} for part in finish]
+        found = [{device: array for each in part for device, array in each().items()} for part in finish]
+        return _with_padding(unit, found) if unit.target.is_padded else found
 
     def _begin(
         self, unit: Unit, part: Part, region: _Region, jobs: list[Future[None]]
@@ -200,6 +203,25 @@ class Reader:
         if not self._shared.uses[key]:
             del self._kept[key]
         return kept[tuple(slice(s.start - a, s.stop - a) for s, (a, _) in zip(read.index, box, strict=True))]
+
+
+def _with_padding(unit: Unit, found: Sequence[dict[jax.Device, Any]]) -> list[dict[jax.Device, Any]]:
+    """What was read for each device, filled up with zeros to what it is to have."""
+    padded = []
+    for part, arrays in zip(unit.parts, found, strict=True):
+        shape = part.sharding.shard_shape(part.shape)
+        devices = part.sharding.addressable_devices
+        padded.append({device: _filled_up(arrays.get(device), shape, part.dtype) for device in devices})
+    return padded
+
+
+def _filled_up(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    if isinstance(array, jax.Array):
+        return jnp.pad(array, [(0, size - own) for size, own in zip(shape, array.shape, strict=True)])
+    out = np.zeros(shape, dtype)
+    if array is not None:
+        out[tuple(map(slice, array.shape))] = array
+    return out
 
 
 def _pieces(out: np.ndarray, read: Read) -> Iterable[tuple[np.ndarray, Index]]:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from moe_online.dense import DenseKernel
 from moe_online.errors import ConfigError
-from moe_online.experts import ExpertWeights
+from moe_online.experts import SHARED_SIZES, SIZES, ExpertWeights
 from moe_online.flax.linear import Linear
 from moe_online.flax.nnx import MoE
 from moe_online.schemes import LayerKind
@@ -44,8 +44,29 @@ class Leaf:
     kind: LayerKind | None = None  # of that
     field: str | None = None  # its name there
     axes: str | None = None  # letters of the axes, where they are known
+    unpadded: tuple[int, ...] | None = None  # the shape that is in the checkpoint, where the rest is to be zeros
     names: tuple[str, ...] = ()  # by which patterns of a config mean it, where it belongs to no such layer
     what: str | None = None  # for people, where no scheme can reach it, what it is of, if that is known: "RMSNorm"
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """What the checkpoint has of it."""
+        return tuple(self.aval.shape) if self.unpadded is None else self.unpadded
+
+    @property
+    def intermediate_axis(self) -> int | None:
+        """Where the intermediate size of experts is among its axes."""
+        sizes = (SHARED_SIZES if self.kind == "linear" else SIZES).get(self.field or "", "")
+        return sizes.index("I") - len(sizes) if "I" in sizes else None
+
+    def with_intermediate_size(self, size: int) -> Leaf:
+        """The same, declared with another intermediate size, of which the checkpoint has what it has now."""
+        axis, shape = self.intermediate_axis, list(self.aval.shape)
+        if axis is None or shape[axis] == size:
+            return self
+        shape[axis] = size
+        aval = jax.ShapeDtypeStruct(tuple(shape), self.aval.dtype, sharding=self.aval.sharding)
+        return dataclasses.replace(self, aval=aval, unpadded=self.source_shape)
 
     def transposed(self) -> Leaf:
         """The kernel `[K, N]` of a dense layer as `[N, K]`, sharded alike: what it is once it is quantized."""
@@ -118,11 +139,25 @@ def _leaves(name: str, node: Any, modules: Mapping[str, nnx.Module]) -> list[Lea
         raise ConfigError(_declared_as_quantized(name))
     if not isinstance(node, ExpertWeights):
         return [_single(name, node, modules)]
-    leaves = [_of_experts(name, field, value) for field, value in _fields(name, node, FIELD_AXES)]
+    own = [_of_experts(name, field, value) for field, value in _fields(name, node, FIELD_AXES)]
+    leaves = [_unpadded(leaf, node.intermediate_size_unpadded) for leaf in own]
     if node.shared is not None:
-        layer = join(name, SHARED)
-        leaves += [_of_shared_experts(layer, field, value) for field, value in _fields(layer, node.shared, SHARED_AXES)]
+        layer, size = join(name, SHARED), node.shared.intermediate_size_unpadded
+        shared = [_of_shared_experts(layer, field, value) for field, value in _fields(layer, node.shared, SHARED_AXES)]
+        leaves += [_unpadded(leaf, size) for leaf in shared]
     return leaves
+
+
+def _unpadded(leaf: Leaf, size: int | None) -> Leaf:
+    """A leaf of experts that are declared with their padding."""
+    axis = leaf.intermediate_axis
+    if size is None or axis is None:
+        return leaf
+    shape = list(leaf.aval.shape)
+    if not 0 < size <= shape[axis]:
+        raise ConfigError(f"{leaf.name} {tuple(shape)} has intermediate_size_unpadded={size}, which is no part of it")
+    shape[axis] = size
+    return dataclasses.replace(leaf, unpadded=tuple(shape))
 
 
 def _fields(name: str, node: Any, axes: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
@@ -202,7 +237,11 @@ def _with_arrays(
     name: str, node: Any, axes: Mapping[str, str], arrays: Mapping[str, Any], formats: Mapping[str, Any]
 ) -> Any:
     values = {field: arrays[join(name, field)] for field in axes if getattr(node, field) is not None}
-    return dataclasses.replace(node, **values, activation_format=formats.get(name))
+    changes: dict[str, Any] = {"activation_format": formats.get(name)}
+    declared, loaded = node.w2_weight.shape[-1], values["w2_weight"].shape[-1]
+    if declared != loaded:
+        changes["intermediate_size_unpadded"] = declared
+    return dataclasses.replace(node, **values, **changes)
 
 
 def join(layer: str, field: str) -> str:

@@ -69,6 +69,11 @@ class Target:
         return (self.format is not None or self.source_format is not None) and len(self.shape) == 2
 
     @property
+    def is_padded(self) -> bool:
+        """Whether it is larger than what the checkpoint has of it, on any axis but that of its rows."""
+        return self.leaf.unpadded is not None
+
+    @property
     def is_stacked(self) -> bool:
         """Whether it holds the experts of several layers: `[L, E, ...]`."""
         return (self.leaf.axes or "")[:2] == LAYER + EXPERT
@@ -121,6 +126,15 @@ class Target:
         found: jax.ShapeDtypeStruct = getattr(self.source, part.child)
         return found
 
+    def source_shape(self, part: Part) -> tuple[int, ...]:
+        """What the checkpoint has of that array; the rest is zeros."""
+        shape, fmt = self.leaf.source_shape, self.source_format
+        if not self.is_padded or not part.child or fmt is None:
+            return tuple(self.filled_by(part).shape) if not self.is_padded else shape
+        if part.child == "values":
+            return fmt.values_shape(shape)
+        return fmt.scales_shape(shape) if part.child == "scales" else fmt.global_shape(shape) or ()
+
     def axes_of(self, child: Child) -> str | None:
         """Letters of the leaf, or of its codes or scales."""
         axes = self.leaf.axes
@@ -152,7 +166,7 @@ class Target:
 
     def part_shape(self, part: Part) -> tuple[int, ...]:
         """The shape that a part must be stored with."""
-        shape = self._without_halves(part, tuple(self.filled_by(part).shape))
+        shape = self._without_halves(part, self.source_shape(part))
         order = self.permutation(part)
         return tuple(shape[order.index(axis)] for axis in range(len(shape))) if len(order) == len(shape) else shape
 
@@ -217,9 +231,9 @@ class Unit:
         return jax.ShapeDtypeStruct(tuple(sizes[axis] for axis in stored), dtype, sharding=sharding)
 
     def regions(self, part: Part) -> dict[jax.Device, Index]:
-        """The stored region of a part that each device here gets."""
+        """The stored region of a part that each device here gets; an empty one where all that it gets is padding."""
         target, filled = self.target, self.target.filled_by(part)
-        order = target.permutation(part)
+        order, stored = target.permutation(part), target.source_shape(part)
         found = {}
         for device, where in filled.sharding.addressable_devices_indices_map(filled.shape).items():
             ends = (s.indices(size)[:2] for s, size in zip(where, filled.shape, strict=True))
@@ -230,6 +244,7 @@ class Unit:
                 index[1] = slice(index[1].start + row, index[1].start + row + self.stop - self.start)
             elif index and not target.is_matrix:
                 index[0] = slice(index[0].start + self.start, index[0].start + self.stop)
+            index = [slice(min(s.start, size), min(s.stop, size)) for s, size in zip(index, stored, strict=True)]
             of_leaf = target._without_halves(part, tuple(index))
             found[device] = tuple(of_leaf[order.index(axis)] for axis in range(len(order)))
         return found
@@ -271,8 +286,9 @@ class Unit:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of its parts on the host: what devices here share is there once."""
-        return sum(_region_bytes(self, part) for part in self.target.parts)
+        """Bytes of its parts on the host: what devices here share is there once, and beside it what is padded."""
+        read = sum(_region_bytes(self, part) for part in self.target.parts)
+        return read + self.device_bytes if self.target.is_padded else read
 
     @property
     def experts(self) -> np.ndarray:

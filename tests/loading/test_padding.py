@@ -1,0 +1,239 @@
+"""Intermediate sizes that do not divide among devices: whole blocks for each of them, filled up with zeros.
+
+In a process of its own, where a CPU counts as eight devices: a test calls the function of its name there.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from by_name import assert_same_parts, by_name, whole_blocks
+from eight_devices import in_eight_devices
+from moe_online import MoEConfig, get_method, reload, save_quantized
+from moe_online.errors import ConfigError, ShapeMismatch
+from moe_online.experts import abstract_experts
+from moe_online.loading import open_source
+from moe_online.schemes import QuantSpec
+from numpy_quantizer import BLOCKS, WEIGHTS, quantize_numpy
+from pallas_kernels import QuantizedArray, get_format
+from quick import few
+from sources import BF16, WatchedSource, quiet_load, random, swapped
+from tolerance import assert_close, assert_same_bits
+
+E, H, INNER, SHARED = 4, 128, 192, 160  # neither has whole blocks of 128 on two devices
+MESHES = ((1, 2), (2, 2), (1, 4), (2, 4))  # expert, tensor
+KEN = {
+    "gate": "E K N -> w13_weight.gate",
+    "up": "E K N -> w13_weight.up",
+    "down": "E K N -> w2_weight",
+    "b13": "E (S N) -> w13_bias",
+    "w2_bias": "E N -> w2_bias",
+    "shared.gate": "K N -> shared.w13_weight.gate",
+    "shared.up": "K N -> shared.w13_weight.up",
+    "shared.down": "1 K N -> shared.w2_weight",
+}
+
+
+def mesh_of(shape):
+    return Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), ("expert", "tensor"))
+
+
+@functools.cache
+def weights():
+    own = {"w13_weight": random(E, 2, INNER, H), "w2_weight": random(E, H, INNER, seed=1)}
+    own |= {"w13_bias": random(E, 2, INNER, seed=2), "w2_bias": random(E, H, seed=3)}
+    shared = {"w13_weight": random(1, 2, SHARED, H, seed=4), "w2_weight": random(1, H, SHARED, seed=5)}
+    return own, shared
+
+
+def declared():
+    return abstract_experts(E, H, INNER, BF16, has_bias=True, shared_intermediate_size=SHARED)
+
+
+def source_of(layout):
+    own, shared = weights()
+    if layout == "ours":
+        return open_source(own | {"shared": shared}), {}
+    if layout == "on a device":
+        return open_source(jax.tree.map(jnp.asarray, own | {"shared": shared})), {}
+    w13, w2 = own["w13_weight"], own["w2_weight"]
+    tree = {"gate": swapped(w13[:, 0]), "up": swapped(w13[:, 1]), "down": swapped(w2), "w2_bias": own["w2_bias"]}
+    w13, w2 = shared["w13_weight"], shared["w2_weight"]
+    tree["shared"] = {"gate": swapped(w13[0, 0]), "up": swapped(w13[0, 1]), "down": swapped(w2)}
+    return open_source(tree | {"b13": own["w13_bias"].reshape(E, 2 * INNER)}), KEN
+
+
+def padded_size(size, weight, tensor):
+    """From the definition: the least that gives each device whole blocks."""
+    n, k = BLOCKS[weight] if weight is not None else (None, None)
+    block = max(n or 1, k or 1)  # I is N of w13 and K of w2
+    return next(total for total in range(size, 10**6) if total % (block * tensor) == 0)
+
+
+def cropped(found, shape):
+    """The part that is no padding, and a check that the rest counts for nothing."""
+    if not isinstance(found, QuantizedArray):
+        inside = tuple(map(slice, shape))
+        outside = np.array(found, np.float32)
+        outside[inside] = 0
+        assert not outside.any()
+        return np.asarray(found)[inside]
+    outside = np.array(found.dequantize(jnp.float32))
+    outside[tuple(map(slice, shape))] = 0
+    assert not outside.any(), "padding is not zero"
+    fmt = found.format
+    shapes = {"values": fmt.values_shape(shape), "scales": fmt.scales_shape(shape)}
+    shapes |= {"global_scale": fmt.global_shape(shape)} if fmt.two_level else {}
+    parts = {name: np.asarray(getattr(found, name))[tuple(map(slice, size))] for name, size in shapes.items()}
+    return dataclasses.replace(found, **parts)
+
+
+def check(loaded, weight, tensor, *, taken_over=False):
+    """Each field is as long as the mesh needs, with the bits of numpy, of what is padded and of what is not.
+
+    What is taken over from an export has zeros for the scales of padding too.
+    """
+    for params, own, size in zip((loaded, loaded.shared), weights(), (INNER, SHARED), strict=True):
+        total = padded_size(size, weight, tensor)
+        assert params.w2_weight.shape[-1] == params.w13_weight.shape[-2] == total
+        assert params.intermediate_size_unpadded == (None if total == size else size)
+        for name, x in own.items():
+            if weight is None or name.endswith("bias"):
+                assert_same_bits(cropped(getattr(params, name), x.shape), x)
+            else:
+                found, axes = getattr(params, name), tuple(range(1, x.ndim - 2))
+                filled = np.pad(x, [(0, more - size) for more, size in zip(found.shape, x.shape, strict=True)])
+                if not taken_over:
+                    assert_same_parts(found, quantize_numpy(filled, weight, shared_axes=axes))
+                if whole_blocks(weight, x.shape) == x.shape:
+                    assert_same_parts(cropped(found, x.shape), quantize_numpy(x, weight, shared_axes=axes))
+
+
+def bits(pairs):
+    """Loads formats onto meshes, the layouts of the source in turn."""
+    for i, (weight, shape) in enumerate(pairs):
+        source, mapping = source_of(("ours", "ken", "on a device")[i % 3])
+        watched = WatchedSource(source)
+        config = None if weight is None else config_of(weight)
+        more = {"mapping": mapping, "quantization": config, "unit_bytes": 2**16 if i % 2 else 2**28}
+        params, report = quiet_load(declared(), watched, mesh=mesh_of(shape), **more)
+        check(params, weight, shape[1])
+        assert all((counts == 1).all() for counts in watched.read_counts.values()), "read once, and nothing else"
+        assert report.planned_peak_bytes >= report.peak_bytes >= report.resident_bytes
+    print(json.dumps(len(pairs)))
+
+
+def config_of(weight):
+    spec = QuantSpec(by_name(weight), None)
+    return {"moe": spec, "linear": spec}
+
+
+def life(weight, shape):
+    """Padded weights give the output of others, are exported as if they were not padded, and can be reloaded."""
+    mesh, config, source = mesh_of(shape), config_of(weight), open_source(weights()[0] | {"shared": weights()[1]})
+    padded = quiet_load(declared(), source, quantization=config, mesh=mesh).params
+    plain = quiet_load(declared(), source, quantization=config).params
+    moe = MoEConfig(
+        num_experts=E, top_k=2, hidden_size=H, intermediate_size=INNER, has_bias=True, shared_intermediate_size=SHARED
+    )
+    method = get_method(None, moe)
+    x, logits = jnp.asarray(random(33, H, seed=7)), jnp.asarray(random(33, E, seed=8))
+    run = jax.jit(method.apply_monolithic)
+    expected = run(plain, x, logits)
+    assert_close(run(padded, x, logits), expected, batch=3e-3, worst_row=1e-2)
+    with pytest.raises(AssertionError):
+        assert_close(run(plain, x, jnp.roll(logits, 1, axis=1)), expected, batch=3e-3, worst_row=1e-2)
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_quantized(padded, f"{folder}/export", progress=False)
+        check_same(quiet_load(declared(), f"{folder}/export").params, plain)
+        again = quiet_load(declared(), f"{folder}/export", mesh=mesh_of((2, 4))).params
+        check(again, weight, 4, taken_over=True)
+        save_quantized(plain, f"{folder}/plain", progress=False)
+        check(quiet_load(declared(), f"{folder}/plain", mesh=mesh).params, weight, shape[1], taken_over=True)
+
+    fresh = jax.tree.map(lambda array: array * 2, weights()[0] | {"shared": weights()[1]})
+    other = quiet_load(declared(), fresh, quantization=config, mesh=mesh).params
+    for staging in ("device", "host"):
+        found = reload(padded, fresh, staging=staging, progress=False).params
+        check_same(found, other)
+        assert jax.tree.structure(found) == jax.tree.structure(padded)
+        padded = found
+    print(json.dumps("done"))
+
+
+def check_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(assert_same_bits, found, expected)
+
+
+def taken_over(requantized):
+    """Codes and scales of a checkpoint come into padded weights too."""
+    own = {name: weights()[0][name] for name in ("w13_weight", "w2_weight")}
+    fmt = get_format("fp8_per_block")
+    quantized = {name: quantize_numpy(x, fmt.name) for name, x in own.items()}
+    tree, mapping = {}, {}
+    for name, axes in (("w13_weight", "E S"), ("w2_weight", "E")):
+        tree |= {name: quantized[name][0], f"{name}_scale_inv": swapped(quantized[name][1])}
+        mapping[f"{name}_scale_inv"] = f"{axes} N K -> {name}.scales"
+    abstract = abstract_experts(E, H, INNER, BF16)
+    asked = {"quantization": "int8_per_channel_weight_only", "requantize": True} if requantized else {}
+    more = {"mapping": mapping} | asked
+    plain = quiet_load(abstract, tree, **more).params
+    for shape in MESHES:
+        padded = quiet_load(abstract, tree, mesh=mesh_of(shape), **more).params
+        assert padded.w2_weight.shape[-1] == padded_size(INNER, fmt.name, shape[1])
+        for name, x in own.items():
+            found, expected = cropped(getattr(padded, name), x.shape), getattr(plain, name)
+            jax.tree.map(assert_same_bits, found, expected)
+            if not requantized:
+                assert_same_parts(found, quantized[name])
+    print(json.dumps("done"))
+
+
+def as_declared():
+    """A sharding of the user's own, and experts that do not divide, are not padded but refused."""
+    tree = {"w13_weight": weights()[0]["w13_weight"], "w2_weight": weights()[0]["w2_weight"]}
+    sharded = abstract_experts(E, H, INNER, BF16, mesh=mesh_of((1, 2)))
+    with pytest.raises(ConfigError, match="a shard has 96 elements along N, no multiple of the block 128"):
+        quiet_load(sharded, tree, quantization="fp8_per_block", mesh=mesh_of((1, 2)))
+    with pytest.raises(ValueError, match=r"does not divide.*moe_online\.load\(mesh=\.\.\.\) pads"):
+        abstract_experts(E, H, INNER, BF16, mesh=Mesh(np.array(jax.devices()[:5]).reshape(1, 5), ("expert", "tensor")))
+    with pytest.raises(ConfigError, match="the mesh does not fit"):
+        quiet_load(abstract_experts(E, H, INNER, BF16), tree, mesh=mesh_of((8, 1)))
+    wrong = tree | {"w2_weight": tree["w2_weight"][..., :-1]}
+    with pytest.raises(ShapeMismatch, match=r"w2_weight \(4, 128, 191\).*, needed \(4, 128, 192\)"):
+        quiet_load(abstract_experts(E, H, INNER, BF16), wrong, quantization="fp8_per_block", mesh=mesh_of((1, 2)))
+    print(json.dumps("done"))
+
+
+SOME = [(None, (2, 2)), ("fp8_per_block", (2, 4)), ("nvfp4", (1, 2)), ("int8_per_channel", (1, 4))]
+CASES = {"some": SOME, **{str(weight): [(weight, shape) for shape in MESHES] for weight in (None, *WEIGHTS)}}
+
+
+@pytest.mark.parametrize("case", few(CASES, ("some",)))
+def test_bits(request, case):
+    pairs = CASES[case]
+    assert in_eight_devices(request, "test_padding", "bits", pairs=pairs) == len(pairs)
+
+
+@pytest.mark.parametrize("weight", few(["fp8_per_block", "mxfp4", "int8_per_channel", "nvfp4"], ("fp8_per_block",)))
+def test_output_export_and_reload(request, weight):
+    assert in_eight_devices(request, "test_padding", "life", weight=weight, shape=(2, 2)) == "done"
+
+
+@pytest.mark.parametrize("requantized", few([False, True], (False,)))
+def test_codes_of_a_checkpoint(request, requantized):
+    assert in_eight_devices(request, "test_padding", "taken_over", requantized=requantized) == "done"
+
+
+def test_what_is_declared_otherwise_stays(request):
+    assert in_eight_devices(request, "test_padding", "as_declared") == "done"
