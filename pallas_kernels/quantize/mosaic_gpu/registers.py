@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import SMALLEST_NORMAL, Format
 from pallas_kernels.quantize.mosaic_gpu.rounding import Rounded, divided, multiplied
 from pallas_kernels.quantize.quotient import Divisor
 
 THREADS = 128  # of a warpgroup
+# Of each thread, as the kernels here state every layout: jax's inference of layouts would take a second per kernel.
+COMPILER_PARAMS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 
 def numbers(loaded: jax.Array, *, flush: bool) -> list[jax.Array]:
@@ -34,17 +37,20 @@ def flushed(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < np.float32(SMALLEST_NORMAL), np.float32(0), x)
 
 
-def rounded(x: jax.Array, by: jax.Array | Divisor, fmt: Format) -> Rounded:
-    """The codes of `x`, with one factor or divisor for each row of it, or for all."""
+def rounded(x: jax.Array, by: jax.Array | Divisor, fmt: Format, layout: Any = None) -> Rounded:
+    """The codes of `x`, with one factor or divisor for each row of it, or for all; `layout` as `spread` has it."""
     if isinstance(by, Divisor):
-        return divided(x, Divisor(*(spread(each, x) for each in by)), fmt)
-    return multiplied(x, spread(by, x), fmt)
+        return divided(x, Divisor(*(spread(each, x, layout) for each in by)), fmt)
+    return multiplied(x, spread(by, x, layout), fmt)
 
 
-def spread(per_row: jax.Array, x: jax.Array) -> jax.Array:
-    """One value for each row, or for all, as one for each element of `x`."""
+def spread(per_row: jax.Array, x: jax.Array, layout: Any = None) -> jax.Array:
+    """One value for each row, or for all, as one for each element of `x`.
+
+    Where the one for a row of many is not like that of `x` in registers, `layout` says how `x` lies there.
+    """
     wide: jax.Array = lax.broadcast_in_dim(per_row, x.shape, tuple(range(per_row.ndim)))
-    return wide
+    return wide if layout is None or not per_row.ndim else plgpu.layout_cast(wide, layout)
 
 
 def packed(found: list[Rounded], dtype: Any) -> jax.Array:

@@ -16,7 +16,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, Int32
 
 from pallas_kernels.formats import Format
-from pallas_kernels.quantize.mosaic_gpu.registers import THREADS, flushed, numbers, packed, rounded, spread
+from pallas_kernels.quantize.mosaic_gpu.registers import (
+    COMPILER_PARAMS,
+    THREADS,
+    flushed,
+    numbers,
+    packed,
+    rounded,
+    spread,
+)
 from pallas_kernels.quantize.scales import block_scales
 
 ROWS = 4  # of a program, one after the other
@@ -45,6 +53,7 @@ def quantize_rows(
         grid=(experts, halves, n // rows),
         grid_names=("expert", "half", "part"),
         kernel_name=f"quantize_rows_{fmt.name}",
+        compiler_params=COMPILER_PARAMS,
     )
     sums: jax.Array = kernel(x, place, values, scales)
     return sums

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import codes
 from pallas_kernels.formats import E4M3_MAX, Format
-from pallas_kernels.quantize.mosaic_gpu.registers import THREADS, flushed, numbers, packed, rounded
+from pallas_kernels.quantize.mosaic_gpu.registers import COMPILER_PARAMS, THREADS, flushed, numbers, packed, rounded
 from pallas_kernels.quantize.mosaic_gpu.rounding import to_e4m3
 from pallas_kernels.quantize.quotient import Divisor, quotient
 from pallas_kernels.quantize.scales import block_scales, encode_scale
@@ -68,6 +68,7 @@ def quantize_tiles(
         grid=(experts, halves, *parts),
         grid_names=("expert", "half", "part", "row_tile"),
         kernel_name=f"quantize_tiles_{fmt.name}",
+        compiler_params=COMPILER_PARAMS,
         scratch_types=[
             plgpu.SMEM((stages, THREADS, tile), x.dtype, transforms=_swizzled(ROW_BYTES // x.dtype.itemsize)),
             # Bytes of pairs come four by four from a thread, too few for a swizzled store.
@@ -194,7 +195,7 @@ def _quantize_tile(
         changes = jnp.float32(0)  # squares are summed in place first: a product and a sum are one instruction
         # Under two levels no subnormal number reaches a code: factors are below 2**48.
         for piece in pieces(first, flush=not fmt.two_level):
-            found = [rounded(x, by, fmt) for x in piece]
+            found = [rounded(x, by, fmt, layout) for x in piece]
             values.append(packed(found, dtype))
             for x, each in zip(piece, found, strict=True):
                 changes = changes + each.error * each.error
