@@ -197,6 +197,7 @@ def test_unwanted_files_are_left_out(library):
     assert b"unwanted" not in found.train.tobytes() + found.heldout.tobytes()
 
 
+@pytest.mark.slow
 def test_standard_library_gives_a_sample_without_tests():
     found = corpus.read(STDLIB)
     assert found.train.size > 5e6

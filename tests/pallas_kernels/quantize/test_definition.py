@@ -63,7 +63,7 @@ def test_a_scale_shared_by_gate_and_up(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", SMOKE_BF16, ids=DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", few(NAMES))
 def test_special_numbers(name, dtype):
     q = check(jitted, cast(special(), dtype), name)
     values = unpacked(np.asarray(q.values), name).astype(np.float32)

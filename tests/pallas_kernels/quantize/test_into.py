@@ -33,7 +33,7 @@ def test_bits_and_places(name, dtype):
     assert_same_parts(out, expected)
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", few(WEIGHTS))
 def test_halves(name):
     x = weights()
     out = leaf(name)
