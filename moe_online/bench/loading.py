@@ -1,13 +1,15 @@
 """How fast checkpoints load, beside what reading and copying alone take: `python -m moe_online.bench.loading FOLDER`.
 
 Writes a synthetic model of experts in bf16, once, then measures in turns: plain sequential reads of its files, copies
-of as many bytes to the device, and loads with each scheme; an export of each, and its load. A load has to do both, one
-beside the other, so its floor is the larger. Each row has both sides, measured in one run.
+of as many bytes to the device, and loads with each scheme; an export of each, and its load; and new weights from arrays
+on the device. A load has to do both, one beside the other, so its floor is the larger. Each row has both sides,
+measured in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -20,11 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from moe_online.experts import abstract_experts
-from moe_online.loading import load, save_quantized
+from moe_online.loading import load, reload, save_quantized
+from pallas_kernels import Format, QuantizedArray, quantize, quantize_into
+from pallas_kernels.quantize import matrix_amax
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 MB = 2**20
@@ -72,18 +77,19 @@ class Bench:
     def __init__(self, source: Path, layers: int, sizes: tuple[int, int, int], layout: str):
         self._source, self._layers, self._layout = source, layers, layout
         self._sizes = sizes
-        self._files = sorted(path for path in source.rglob("*") if path.is_file())
+        self._files = _files_of(source)
         self._mapping = PER_EXPERT if layout == "per_expert" else MAPPING
         self._bytes = layers * 3 * math.prod(sizes) * BF16.itemsize
 
     def rows(self, scheme: str, *, cold: bool) -> Iterator[dict[str, Any]]:
-        """One for a load of the checkpoint with each state of the cache, and one for an export."""
+        """For each state of the cache one for a load of the checkpoint and one for an export; and one for a reload."""
         copy = copy_seconds(self._bytes)
         self._load(self._source, self._mapping, scheme)  # warms the cache
-        for cache in ("warm", "cold") if cold else ("warm",):
-            self._prepare(cache)
+        caches = ("warm", "cold") if cold else ("warm",)
+        for cache in caches:
+            _prepare(cache, self._files)
             read = self._read_seconds()
-            self._prepare(cache)
+            _prepare(cache, self._files)
             params, report = self._load(self._source, self._mapping, scheme)
             floor = max(read, copy)
             yield self._row(scheme, cache, report) | {
@@ -94,26 +100,48 @@ class Bench:
             }
             del params
         export = self._source.with_name(f"{self._source.name}-{scheme}")
-        params, report = self._load(self._source, self._mapping, scheme)
+        params = self._load(self._source, self._mapping, scheme).params
         began = time.perf_counter()
         save_quantized(params, export, overwrite=True, progress=False)
         saved = time.perf_counter() - began
+        yield self._reload(params, scheme)
         del params
         self._load(export, None, None)
-        params, again = self._load(export, None, None)
-        del params
-        yield self._row(scheme, "warm", again) | {
-            "what": "export",
-            "save_seconds": saved,
-            "times_faster": report.seconds / again.seconds,
-            "times_faster_compiled": (report.seconds - report.compile_seconds)
-            / (again.seconds - again.compile_seconds),
-        }
+        for cache in caches:  # both sides anew, one right after the other
+            _prepare(cache, self._files)
+            online = self._load(self._source, self._mapping, scheme).report
+            _prepare(cache, _files_of(export))
+            again = self._load(export, None, None).report
+            yield self._row(scheme, cache, again) | {
+                "what": "export",
+                "save_seconds": saved,
+                "online_seconds": online.seconds,
+                "times_faster": online.seconds / again.seconds,
+                "times_faster_compiled": (online.seconds - online.compile_seconds)
+                / (again.seconds - again.compile_seconds),
+            }
         shutil.rmtree(export)
 
-    def _prepare(self, cache: str) -> None:
-        if cache == "cold":
-            evict(self._files)
+    def _reload(self, params: Any, scheme: str) -> dict[str, Any]:
+        """New weights from arrays on the device, beside what quantizing them takes if nothing else is done.
+
+        Of the first layer, for as many again must fit in bf16.
+        """
+        layer = {"l0": params["l0"]}
+        fields = {name: getattr(params["l0"], name) for name in ("w13_weight", "w2_weight")}
+        tree = {"l0": {name: _normal(weight.shape) for name, weight in fields.items()}}
+        reports, took = [], []
+        for _ in range(3):  # the first one compiles
+            began = time.perf_counter()
+            reports.append(reload(layer, tree, staging="device", progress=False).report)
+            took.append(time.perf_counter() - began)
+        alone = sum(quantize_seconds(weight.format, tree["l0"][name]) for name, weight in fields.items())
+        return self._row(scheme, "device", reports[-1]) | {
+            "what": "reload",
+            "seconds": min(took),
+            "quantize_seconds": alone,
+            "of_quantize": min(took) / alone,
+        }
 
     def _row(self, scheme: str, cache: str, report: Any) -> dict[str, Any]:
         return {
@@ -140,6 +168,38 @@ class Bench:
         if self._layout == "orbax":
             return restore_seconds(self._source)
         return read_seconds(self._files)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _prepare(cache: str, files: Sequence[Path]) -> None:
+    if cache == "cold":
+        evict(files)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normal(shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+
+
+def quantize_seconds(fmt: Format, x: jax.Array) -> float:
+    """Experts quantized in place, a leaf that is there already; the least of some times."""
+
+    def into(out: QuantizedArray, x: jax.Array) -> tuple[QuantizedArray, Any]:
+        amax = jnp.max(matrix_amax(x).reshape(x.shape[0], -1), axis=1) if fmt.whole_matrix else None
+        return quantize_into(out, x, amax=amax)
+
+    run = jax.jit(into, donate_argnums=0)
+    out = jax.jit(lambda x: quantize(x, fmt, shared_axes=tuple(range(1, x.ndim - 2))))(x[:1])
+    leaf = jax.tree.map(lambda part: jnp.zeros((x.shape[0], *part.shape[1:]), part.dtype), out)
+    took = []
+    for _ in range(4):
+        began = time.perf_counter()
+        leaf, _ = jax.block_until_ready(run(leaf, x))
+        took.append(time.perf_counter() - began)
+    return min(took)
 
 
 def read_seconds(files: Sequence[Path]) -> float:

@@ -16,14 +16,17 @@ ARGUMENTS = ["--layers", "2", "--experts", "4", "--hidden", "128", "--intermedia
 @pytest.mark.parametrize("layout", few(["fused", "per_expert", "orbax"], ("orbax",)))
 def test_rows(tmp_path, capsys, layout):
     assert bench.main([str(tmp_path), "--layout", layout, *ARGUMENTS]) == 0
-    load, export = map(json.loads, capsys.readouterr().out.splitlines())
+    load, again, export = map(json.loads, capsys.readouterr().out.splitlines())
     source = 2 * 3 * np.prod(SIZES) * 2
     assert (load["what"], load["layout"], load["scheme"], load["cache"]) == ("load", layout, "int8_w8a16", "warm")
     assert load["source_bytes"] == source
     assert source / 2 < load["kept_bytes"] == export["source_bytes"] == export["kept_bytes"] < source * 0.6
     assert load["of_floor"] == pytest.approx(load["seconds"] / max(load["read_seconds"], load["copy_seconds"]))
     assert load["compile_seconds"] < load["seconds"]
-    assert min(load["read_seconds"], load["copy_seconds"], export["save_seconds"], export["times_faster"]) > 0
+    assert min(load["read_seconds"], load["copy_seconds"], export["save_seconds"]) > 0
+    assert export["times_faster"] == pytest.approx(export["online_seconds"] / export["seconds"])
+    assert (again["what"], again["source_bytes"]) == ("reload", source / 2)
+    assert again["of_quantize"] == pytest.approx(again["seconds"] / again["quantize_seconds"])
     assert load["peak_bytes"] <= load["planned_peak_bytes"]
 
 
