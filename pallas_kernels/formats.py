@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from pallas_kernels import codes
+from pallas_kernels.blocks import by_row, in_blocks, joined
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -254,12 +255,8 @@ class QuantizedArray:
         """The real values `[..., N, K]`: products in f32, rounded once to `dtype`."""
         *lead, n, k = self.shape
         bn, bk = self.format.block
-        blocks_n, blocks_k = self.format.grid(n, k)
         scales = jnp.swapaxes(self.block_scales(), -1, -2)  # [..., N blocks, K blocks]
-        size_n, size_k = (n if bn is None else bn), (k if bk is None else bk)
-        scales = jnp.broadcast_to(scales[..., :, None, :, None], (*lead, blocks_n, size_n, blocks_k, size_k))
-        scales = scales.reshape(*lead, blocks_n * size_n, blocks_k * size_k)[..., :n, :k]
-        real = self.unpacked().astype(jnp.float32) * scales
+        real = joined(in_blocks(self.unpacked().astype(jnp.float32), bk) * by_row(scales, n, bn), k)
         if self.global_scale is not None:
             real = real * self.global_scale.reshape(*lead, -1, 1)
         return real.astype(dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels import codes
+from pallas_kernels.blocks import by_row, in_blocks, joined
 from pallas_kernels.formats import SMALLEST_NORMAL, Format, QuantizedArray
 from pallas_kernels.quantize.quotient import Divisor, divide
 from pallas_kernels.quantize.scales import block_scales, encode_scale
@@ -28,6 +27,7 @@ def quantize(
 ) -> QuantizedArray:
     """Quantizes `x`; see `pallas_kernels.quantize`."""
     x = _without_subnormals(x)
+    n, k = x.shape[-2:]
     blocks, encode, second = _block_amax(x, *fmt.block), None, None
     if fmt.two_level:
         whole = _block_amax(x, fmt.global_rows, None) if amax is None else amax[..., None, None]
@@ -38,13 +38,14 @@ def quantize(
             blocks = amax[..., None, None]
         blocks = _shared(blocks, fmt, shared_axes, axis_names)
     scales = block_scales(blocks, fmt, encode)
+    bn, bk = fmt.block
+    x = in_blocks(x, bk)
     if isinstance(scales.by, Divisor):
-        units = divide(x, Divisor(*(_spread(part, x, fmt.block) for part in scales.by)))
+        units = divide(x, Divisor(*(by_row(part, n, bn) for part in scales.by)))
     else:
-        units = x * _spread(scales.by, x, fmt.block)
-    return QuantizedArray(
-        values=_stored(units, fmt), scales=jnp.swapaxes(scales.stored, -1, -2), global_scale=second, format=fmt
-    )
+        units = x * by_row(scales.by, n, bn)
+    values = joined(_stored(units, fmt), k // fmt.codes_per_element)
+    return QuantizedArray(values=values, scales=jnp.swapaxes(scales.stored, -1, -2), global_scale=second, format=fmt)
 
 
 def matrix_amax(x: Float[Array, "*batch N K"]) -> Float[Array, "*batch"]:
@@ -86,12 +87,11 @@ def _shared(
 
 def _block_amax(x: jax.Array, bn: int | None, bk: int | None) -> jax.Array:
     """Largest magnitude per block, `[..., N blocks, K blocks]`; ragged ends are filled with zeros."""
-    *lead, n, k = x.shape
-    (blocks_n, bn), (blocks_k, bk) = (
-        (1, size) if block is None else (math.ceil(size / block), block) for size, block in ((n, bn), (k, bk))
-    )
-    x = jnp.pad(x, [(0, 0)] * len(lead) + [(0, blocks_n * bn - n), (0, blocks_k * bk - k)])
-    return _largest(x.reshape(*lead, blocks_n, bn, blocks_k, bk), (-3, -1))[..., 0, :, 0]
+    of_rows = _largest(in_blocks(x, bk), (-1,))[..., 0]  # [..., N, K blocks]
+    if bn == 1:
+        return of_rows
+    of_columns = in_blocks(jnp.swapaxes(of_rows, -1, -2), bn)  # [..., K blocks, N blocks, bn]
+    return jnp.swapaxes(_largest(of_columns, (-1,))[..., 0], -1, -2)
 
 
 def _largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
@@ -101,12 +101,3 @@ def _largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(x, jnp.int32) & np.int32(0x7FFFFFFF)
     return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True, initial=0), jnp.float32)
-
-
-def _spread(blocks: jax.Array, x: jax.Array, block: tuple[int | None, int | None]) -> jax.Array:
-    """One value per block -> one per element of `x` (`[..., N, K]`)."""
-    *lead, n, k = x.shape
-    *_, blocks_n, blocks_k = blocks.shape
-    bn, bk = block[0] or n, block[1] or k
-    wide = jnp.broadcast_to(blocks[..., :, None, :, None], (*lead, blocks_n, bn, blocks_k, bk))
-    return wide.reshape(*lead, blocks_n * bn, blocks_k * bk)[..., :n, :k]
