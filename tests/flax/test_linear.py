@@ -12,7 +12,7 @@ import definition
 from moe_online.dense import DenseKernel
 from moe_online.flax import Linear
 from moe_online.schemes import QuantSpec
-from quick import few
+from quick import few_cases
 from sources import BF16, quiet_load
 from tolerance import assert_close, assert_same_bits
 
@@ -69,7 +69,7 @@ def test_is_only_declared_in_eval_shape():
 
 @pytest.mark.parametrize(
     ("weight", "activation"),
-    few(
+    few_cases(
         [
             ("fp8_per_block", "fp8_per_group"),
             ("fp8_per_tensor", "fp8_per_tensor_dynamic"),

@@ -19,7 +19,7 @@ from moe_online.loading import open_source, quantizer
 from moe_online.schemes import SHORTHANDS, QuantSpec
 from numpy_quantizer import WEIGHTS, quantize_numpy
 from pallas_kernels import QuantizedArray
-from quick import few
+from quick import few, few_cases
 from sources import (
     BF16,
     KEN_MAPPING,
@@ -112,7 +112,7 @@ def test_plain_leaf_with_stated_axes(weight):
 @pytest.mark.parametrize("weight", few(WEIGHTS, ("fp8_per_block", "nvfp4")))
 @pytest.mark.parametrize(
     ("sizes", "layout"),
-    few(
+    few_cases(
         [((2, 130, 257), "ours"), ((2, 130, 257), "apart"), ((1, 1, 1), "ours"), ((3, 5, 129), "apart")],
         [((2, 130, 257), "ours"), ((3, 5, 129), "apart")],
     ),

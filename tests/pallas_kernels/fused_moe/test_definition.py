@@ -11,7 +11,7 @@ import pytest
 import definition
 from by_name import by_name
 from pallas_kernels import QuantizedArray, fused_moe, quantize, route
-from quick import few
+from quick import few, few_cases
 from tolerance import assert_close
 
 # Rounding of the hidden activations and of the result to bf16, and single codes of the quantized activations that
@@ -64,7 +64,7 @@ def expect(x, w13, w2, weights, ids, weight=None, **options):
     )
 
 
-@pytest.mark.parametrize(("weight", "activation"), few(SCHEMES, SCHEMES[::2]))
+@pytest.mark.parametrize(("weight", "activation"), few_cases(SCHEMES, SCHEMES[::2]))
 def test_matches_definition(weight, activation):
     x, w13, w2, weights, ids = problem()
     expected = expect(x, w13, w2, weights, ids, weight, act_format=activation)

@@ -16,7 +16,7 @@ from pallas_kernels.quantize.into import IntoCall
 from pallas_kernels.quantize.mosaic_gpu import unsupported, unsupported_anywhere
 from pallas_kernels.quantize.mosaic_gpu.rounding import divided
 from pallas_kernels.quantize.quotient import divisor
-from quick import few
+from quick import few_cases
 from races import no_races
 from special_numbers import SPECIAL, cast, special_experts
 
@@ -98,7 +98,7 @@ def hard_quotients():
 
 @pytest.mark.parametrize(
     ("name", "largest"),
-    few([("int8_per_channel", 127), ("int4_per_group", 7), ("fp8_per_channel", 448)], [("fp8_per_channel", 448)]),
+    few_cases([("int8_per_channel", 127), ("int4_per_group", 7), ("fp8_per_channel", 448)], [("fp8_per_channel", 448)]),
 )
 def test_rounding_of_hard_quotients(name, largest):
     numbers, scales = hard_quotients()
