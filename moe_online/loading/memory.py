@@ -22,14 +22,17 @@ class PeakMeter:
 
     Args:
       devices: All devices that hold a part.
+      collect: Whether to collect garbage first, in about a tenth of a second: what is freed later would hide as much of
+        what is measured.
     """
 
-    def __init__(self, devices: Iterable[jax.Device]):
+    def __init__(self, devices: Iterable[jax.Device], *, collect: bool = True):
         self._devices = tuple(devices)
         self._has_stats = all(device.memory_stats() is not None for device in self._devices)
         self._process = psutil.Process()
         self._lock = threading.Lock()
-        gc.collect()  # what is freed later would hide as much of the load's own
+        if collect:
+            gc.collect()
         self._start = self._in_use()
         self._start_peak = self._allocator_peak()
         self._start_rss = self._process.memory_info().rss

@@ -106,7 +106,7 @@ def reload(
     sink: OnDevices | OnHost = OnDevices()
     if staging == "host":
         sink, plan = OnHost(), staged_on_host(plan)
-    report = stream.run(plan, opened, sink, progress=progress, steps=_STEPS)
+    report = stream.run(plan, opened, sink, progress=progress, steps=_STEPS, collect=False)
     commit = functools.partial(_copied_into, unit_bytes=unit_bytes) if staging == "host" else _placed_like
     fresh = {name: jax.tree.map(commit, loaded.arrays[name], sink.arrays.pop(name)) for name in list(sink.arrays)}
     return LoadResult(loaded.rebuild({**loaded.arrays, **fresh}), report)

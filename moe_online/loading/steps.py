@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from moe_online.loading import quantizer
@@ -250,5 +251,16 @@ def _local(stored: Any, is_stacked: bool) -> Any:
 
 
 def allocate(stored: Any) -> Any:
-    """Zeros in the shape, dtype and sharding of `stored`, for steps to write into."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), stored)
+    """Zeros for a leaf, or for some rows of it."""
+    leaves, structure = jax.tree.flatten(stored)
+    return jax.tree.unflatten(structure, _zeros(tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))())
+
+
+@functools.cache
+def _zeros(kinds: tuple[tuple[tuple[int, ...], Any, Sharding], ...]) -> Callable[[], list[Array]]:
+    """One program for all children: `jnp.zeros` takes a millisecond for each, and a model has many leaves."""
+    make: Callable[[], list[Array]] = jax.jit(
+        lambda: [jnp.zeros(shape, dtype) for shape, dtype, _ in kinds],
+        out_shardings=[sharding for _, _, sharding in kinds],
+    )
+    return make

@@ -75,7 +75,13 @@ class _Failures:
 
 
 def run(
-    plan: LoadPlan, source: CheckpointSource, sink: Sink, *, progress: bool, steps: StepCache | None = None
+    plan: LoadPlan,
+    source: CheckpointSource,
+    sink: Sink,
+    *,
+    progress: bool,
+    steps: StepCache | None = None,
+    collect: bool = True,
 ) -> LoadReport:
     """Loads all units of a plan.
 
@@ -85,6 +91,7 @@ def run(
       sink: Where to; it drops everything where there is an error.
       progress: Shows a progress bar.
       steps: Compiled steps to use and to add to; None: they go when the load is done.
+      collect: As `PeakMeter` has it.
 
     Raises:
       CorruptCheckpoint: stored bytes cannot be decoded.
@@ -92,7 +99,7 @@ def run(
     """
     begin = time.perf_counter()
     devices = {device: None for target in plan.targets for device in target.sharding.addressable_devices}
-    meter, failures = PeakMeter(devices), _Failures()
+    meter, failures = PeakMeter(devices, collect=collect), _Failures()
     steps = StepCache() if steps is None else steps
     leaves = {target.name: _Progressing() for target in plan.targets}
     try:
