@@ -14,7 +14,6 @@ import math
 import os
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
@@ -28,8 +27,6 @@ FILE = "moe_online.json"
 ITEM = "state"  # the folder of an Orbax checkpoint that holds the arrays, and the manifest beside them
 KIND, VERSION = "moe-online export", 1
 CRC = np.dtype("<u4")
-PARALLEL_BYTES = 4 * 2**20  # below this a thread costs more than it saves
-THREADS = 8
 AGAIN = "Copy it again from where it was exported, or export it again."
 
 
@@ -240,21 +237,9 @@ class RunningChecksums:
 
 
 def checksums(array: np.ndarray, step: int) -> bytes:
-    """Of each `step` indices of axis 0, as `StoredArray` has them; large arrays by several threads."""
-    data = raw(array)
-    block = block_bytes(array.shape, array.dtype.itemsize, step)
-    threads = THREADS if data.nbytes > PARALLEL_BYTES else 1
-    share = -(-len(data) // (threads * max(block, 1))) * block
-    if threads == 1 or share >= len(data):
-        return _checksums(data, block)
-    with ThreadPoolExecutor(threads) as pool:  # zlib lets go of the interpreter
-        shares = [data[at : at + share] for at in range(0, len(data), share)]
-        return b"".join(pool.map(_checksums, shares, [block] * len(shares)))
-
-
-def _checksums(data: np.ndarray, block: int) -> bytes:
-    running = RunningChecksums(block)
-    running.add(data)
+    """Of each `step` indices of axis 0, as `StoredArray` has them; zlib lets go of the interpreter meanwhile."""
+    running = RunningChecksums(block_bytes(array.shape, array.dtype.itemsize, step))
+    running.add(raw(array))
     return running.finish()
 
 

@@ -19,8 +19,8 @@ from moe_online.loading.parts import Part, Read
 from moe_online.loading.source import CheckpointSource, Index, InPlaceSource
 from moe_online.loading.units import Unit
 
-THREADS = 8
-PIECE = 32 * 2**20  # bytes that one thread reads at a time
+THREADS = 16
+PIECE = 16 * 2**20  # bytes that one thread reads at a time
 AHEAD = 3  # units on the host beside those that are prefetched: one goes to the device, one is read and decoded
 
 _Box = tuple[tuple[int, int], ...]
