@@ -22,6 +22,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help="a model folder: config.json and checkpoint/")
     parser.add_argument("destination", metavar="DST", help="the folder to write")
     parser.add_argument("--scheme", metavar="S", required=True, help="fp8_per_block, int8_w8a16, ...")
+    parser.add_argument("--requantize", action="store_true", help="also what SRC has quantized in another format")
     parser.add_argument("--overwrite", action="store_true", help="replace a model folder that is at DST")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the same facts as JSON")
     return parser
@@ -40,12 +41,13 @@ def run(args: argparse.Namespace) -> None:
     output.check_writable(args.json)
     _check_apart(args.source, args.destination)
     begin = time.perf_counter()
-    plan = models.plan(args.source, quantization=args.scheme)  # refuses what it can before anything is written
+    asked = {"quantization": args.scheme, "requantize": args.requantize}
+    plan = models.plan(args.source, **asked)  # refuses what it can before anything is written
     config = (epath.Path(args.source) / CONFIG_FILE).read_bytes()
     marks = (f"{CHECKPOINT_FOLDER}/{CHECKPOINT_METADATA}",)
     with new_folder(args.destination, overwrite=args.overwrite, marks=marks) as folder:
         check_space(folder, plan.resident_bytes, args.destination)
-        lm = models.load(args.source, quantization=args.scheme)
+        lm = models.load(args.source, **asked)
         export = collect(lm.model)
         with write_errors(args.destination):
             write_file(folder / CONFIG_FILE, config)

@@ -42,7 +42,7 @@ def choose_specs(
     leaves, parts = [each.leaf for each in assigned], {each.leaf.name: each.parts for each in assigned}
     chosen: dict[str, Choice] = {}
     reached: set[str] = set()  # by what the config says
-    refused: dict[str, None] = {}  # once each, though a layer has several leaves
+    refused: dict[str, dict[str, None]] = {}  # what is said, and of which leaves, if that begins with their names
     for leaf, of_leaf, stored in assigned:
         try:
             choice: Choice = (None, "as declared") if config is None else _choose(leaf, of_leaf, config)
@@ -61,15 +61,22 @@ def choose_specs(
                 )
             chosen[leaf.name] = choice
         except ConfigError as error:
-            refused[str(error)] = None
+            said = str(error)
+            name = leaf.name if said.startswith(leaf.name) else ""
+            refused.setdefault(said.removeprefix(name), {})[name] = None
     if refused:
         more = f"; and {len(refused) - SHOWN} more" if len(refused) > SHOWN else ""
-        raise ConfigError("; ".join([*refused][:SHOWN]) + more)
+        reasons = [_named(list(names)) + said for said, names in refused.items()]
+        raise ConfigError("; ".join(reasons[:SHOWN]) + more)
     if config is None:
         return chosen
     _check_patterns(config, leaves, parts)
     _check_reach(config, reached | {rule for spec, rule in chosen.values() if spec is not None}, leaves)
     return chosen
+
+
+def _named(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else listed(names, "leaf")
 
 
 def _choose(leaf: Leaf, parts: Sequence[Part], config: OnlineQuantConfig) -> Choice:
@@ -124,7 +131,8 @@ def of_stored(
     wanted = spec.weight if spec is not None else f"real numbers, for it is no {' or '.join(KINDS.values())}"
     raise ConfigError(
         f"{leaf.name} is a pre-quantized layer: the checkpoint has it as {stored}, and {wanted} was asked for "
-        f"({rule}). Ask for {stored}, or give requantize=True, which turns its codes into others at a loss"
+        f"({rule}). Ask for {stored}, or give requantize=True (on the command line --requantize), which turns its "
+        "codes into others at a loss"
     )
 
 

@@ -46,6 +46,8 @@ CHECKPOINT_METADATA, ITEM_METADATA = "_CHECKPOINT_METADATA", "_METADATA"  # Orba
 DICT_KEY = 2  # what Orbax calls a key of a dict in its metadata
 PARTS = ("values", "scales", "global_scale")  # of a QuantizedArray
 
+NOT_STORED = ("uint4", "int2", "uint2", "int1", "uint1")  # dtypes that tensorstore has no name for
+
 Region = tuple[slice, ...]
 
 
@@ -240,6 +242,11 @@ def _check_array(name: str, array: Any) -> None:
         )
     if jnp.issubdtype(array.dtype, jax.dtypes.extended) or array.dtype.hasobject:
         raise ConfigError(f"{name} is of dtype {array.dtype}, which cannot be stored: leave it out of params")
+    if not np.dtype(array.dtype).isnative or array.dtype.name in NOT_STORED:
+        raise ConfigError(
+            f"{name} is of dtype {array.dtype.str if isinstance(array, np.ndarray) else array.dtype}, which "
+            "would not be read again: give it as one of a whole byte or more, in the order of this machine"
+        )
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
         raise ConfigError(
             f"{name} lies on devices of several processes, of which this one sees a part: load the model in one "

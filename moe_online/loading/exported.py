@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from moe_online.errors import CorruptCheckpoint
-from moe_online.loading.export import chunk_shape
 from moe_online.loading.manifest import AGAIN, Manifest, StoredArray, num_rows, raw
 from moe_online.loading.orbax import OrbaxSource
+from moe_online.loading.retry import read_error, retried
 from moe_online.loading.source import Index, StoredTensor
 from pallas_kernels import Format
 
+Span = tuple[str, int, int]  # a file, the first byte that is wanted, and the number of them
 EXPERT_MAP = "expert_map"  # places of experts on devices: the model that is loaded brings its own
 
 
@@ -93,31 +95,36 @@ class ExportSource:
         out[...] = checked[(slice(rows.start - whole.start, rows.stop - whole.start), *index[1:])]
 
     def _read_rows(self, name: str, array: StoredArray, rows: slice, out: np.ndarray) -> None:
-        if self._folder is None:
+        chunk = self._source.tensors[name].chunk
+        if not out.size:
+            return
+        if self._folder is None or not _is_contiguous(chunk, array.shape):
             out[...] = self._source.read(name, (rows, *(slice(0, n) for n in array.shape[1:])) if array.shape else ())
         else:
-            self._read_files(name, array, rows, memoryview(raw_view(out).data))
+            self._read_files(name, chunk_spans(array, chunk, rows), memoryview(raw_view(out).data))
         self._manifest.verify(self._subtree + name, rows.start, out)
 
-    def _read_files(self, name: str, array: StoredArray, rows: slice, out: memoryview) -> None:
-        """Fills `out`, bytes, from the files of the chunks, each of which is contiguous in the array."""
+    def _read_files(self, name: str, spans: Iterable[Span], out: memoryview) -> None:
+        """Fills `out`, bytes, from the files of the chunks."""
         assert self._folder is not None
-        done = 0
-        try:
-            for file, skip, size in chunk_spans(array, rows):
-                with (self._folder / (self._subtree + name) / file).open("rb", buffering=0) as opened:
-                    opened.seek(skip)
-                    view = out[done : done + size]
-                    while view:
-                        count = opened.readinto(view)
-                        if not count:
-                            raise OSError(f"{file} ends {len(view)} bytes early")
-                        view = view[count:]
-                done += size
-        except OSError as error:
-            raise CorruptCheckpoint(
-                f"{name} in {self.description} cannot be read: {error}. {AGAIN}", names=[name]
-            ) from error
+        folder, done = self._folder / (self._subtree + name), 0
+        for file, skip, size in spans:
+            read = functools.partial(_read_file, folder / file, skip, out[done : done + size])
+            try:
+                retried(read)
+            except OSError as error:
+                raise read_error(f"{name} in {self.description}", error, names=[name]) from error
+            done += size
+
+
+def _read_file(file: Path, skip: int, out: memoryview) -> None:
+    with file.open("rb", buffering=0) as opened:
+        opened.seek(skip)
+        while out:
+            count = opened.readinto(out)
+            if not count:
+                raise OSError(f"{file.name} ends {len(out)} bytes early")
+            out = out[count:]
 
 
 def raw_view(array: np.ndarray) -> np.ndarray:
@@ -127,14 +134,24 @@ def raw_view(array: np.ndarray) -> np.ndarray:
     return view
 
 
-def chunk_spans(array: StoredArray, rows: slice) -> Iterator[tuple[str, int, int]]:
+def _is_contiguous(chunk: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Whether each chunk is one piece of the array in row-major order."""
+    axis = _cut_axis(chunk, shape)
+    return chunk[axis + 1 :] == shape[axis + 1 :] and math.prod(chunk[:axis]) == 1
+
+
+def _cut_axis(chunk: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """The axis along which chunks follow one another, before those of which each chunk has all."""
+    return next((i for i, size in enumerate(chunk) if size > 1), len(shape) - 1)
+
+
+def chunk_spans(array: StoredArray, chunk: tuple[int, ...], rows: slice) -> Iterator[Span]:
     """Files of the chunks that hold rows of axis 0, in order, each with the first byte and the number of them."""
     shape, itemsize = array.shape, array.dtype.itemsize
     if not shape:
         yield "0", 0, itemsize
         return
-    chunk = chunk_shape(shape, itemsize)
-    axis = next((i for i, size in enumerate(chunk) if size > 1), len(shape) - 1)  # the one that is cut
+    axis = _cut_axis(chunk, shape)
     inner = math.prod(shape[axis + 1 :]) * itemsize
     outer = [range(size) for size in shape[:axis]]
     if outer:

@@ -22,6 +22,7 @@ from moe_online.loading.messages import human_bytes
 
 INFIX = ".moe-online-"  # between the destination's name and the process that writes
 NEW, OLD = "new", "old"
+CLOCK_STEP = 2  # seconds by which the system may tell the start of a process otherwise after its clock was set
 REMEDIES = {
     errno.ENOSPC: "Free space there",
     getattr(errno, "EDQUOT", errno.ENOSPC): "Free space there",  # Windows has no quotas of this kind
@@ -105,7 +106,7 @@ def _destination(path: str | os.PathLike[str]) -> Path:
         raise CheckpointError(
             f"{text} is no local folder, and only there a folder appears at once: write to a local path and copy it"
         )
-    target = Path(os.path.realpath(text))  # a link stays, what it leads to is replaced
+    target = Path(os.path.realpath(os.path.expanduser(text)))  # a link stays, what it leads to is replaced
     if not target.name:
         raise CheckpointError(f"{text} is the root of a file system: give a folder in it")
     return target
@@ -128,14 +129,30 @@ def _check(target: Path, *, overwrite: bool, marks: Sequence[str]) -> None:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}{INFIX}{os.getpid()}.{kind}")
+    return target.with_name(f".{target.name}{INFIX}{_writer(os.getpid())}.{kind}")
+
+
+def _writer(pid: int) -> str:
+    """A process, told from others that have the same number before or after it: containers give small ones again."""
+    return f"{pid}-{psutil.Process(pid).create_time():.0f}"
+
+
+def _is_running(writer: str) -> bool:
+    pid, _, started = writer.partition("-")
+    if not (pid.isdigit() and started.isdigit()):
+        return False
+    try:
+        began: float = psutil.Process(int(pid)).create_time()
+    except psutil.Error:
+        return False
+    return abs(began - int(started)) <= CLOCK_STEP
 
 
 def _tidy(target: Path) -> None:
     """Clears what killed runs left; an output that had stepped aside for one of them comes back."""
     for left in target.parent.glob(glob.escape(f".{target.name}{INFIX}") + "*"):
-        pid, _, kind = left.name.rpartition(INFIX)[2].partition(".")
-        if pid.isdigit() and int(pid) != os.getpid() and psutil.pid_exists(int(pid)):
+        writer, _, kind = left.name.rpartition(INFIX)[2].partition(".")
+        if writer != _writer(os.getpid()) and _is_running(writer):
             continue
         if kind == OLD and not target.exists():
             os.rename(left, target)

@@ -21,6 +21,7 @@ import numpy as np
 
 from moe_online.errors import CheckpointError, CorruptCheckpoint
 from moe_online.loading.files import open_place
+from moe_online.loading.retry import read_error
 from pallas_kernels import Format, get_format
 
 FILE = "moe_online.json"
@@ -154,11 +155,17 @@ class Manifest:
           CorruptCheckpoint: it is damaged.
         """
         place = open_place(folder)
-        file = next((file for file in (place / FILE, place / ITEM / FILE) if file.exists()), None)
-        if file is None:
+        try:
+            file = next((file for file in (place / FILE, place / ITEM / FILE) if file.exists()), None)
+            data = None if file is None else file.read_bytes()
+        except CheckpointError:
+            raise
+        except OSError as error:
+            raise read_error(f"{FILE} in {place}", error) from error
+        if data is None:
             return None
         try:
-            values = json.loads(file.read_bytes())
+            values = json.loads(data)
         except ValueError as error:
             raise CorruptCheckpoint(f"{file} is no JSON: {error}. {AGAIN}") from error
         return cls.from_json(values, where=str(file))

@@ -19,6 +19,7 @@ import tensorstore as ts
 
 from moe_online.errors import CheckpointError, CheckpointNotFound, ConfigError, CorruptCheckpoint
 from moe_online.loading.files import CONTEXT, Place, open_place
+from moe_online.loading.manifest import FILE
 from moe_online.loading.messages import listed
 from moe_online.loading.retry import AGAIN, TENSORSTORE_ERRORS, first_line, read_error, retried
 from moe_online.loading.source import Index, StoredTensor
@@ -144,7 +145,8 @@ def _metadata(item: Place) -> tuple[dict[str, str], dict[str, Any]]:
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # a damaged JSON shows in many ways
         raise CorruptCheckpoint(f"the metadata of {item} cannot be read: {first_line(error)}. {AGAIN}") from error
-    return _without_value(entries), facts
+    is_export = (item / FILE).exists()  # whose manifest has the names as they are
+    return ({name: name for name in entries} if is_export else _without_value(entries)), facts
 
 
 def _without_value(names: Iterable[str]) -> dict[str, str]:

@@ -251,7 +251,7 @@ def _check_blocks(targets: Sequence[Target]) -> None:
         for inputs, fmt in formats:
             try:
                 if fmt is not None:
-                    fmt.check_shape(target.shape)  # of which only K counts: that of the weight is that of its inputs
+                    fmt.check_shape(target.leaf.source_shape)  # of which only K counts, which the inputs have too
             except ValueError as error:
                 wrong.append(f"{target.name} ({inputs}{error})")
                 break

@@ -66,11 +66,13 @@ def reload(
 ) -> LoadResult:
     """Puts other weights in the place of loaded ones, in the formats, dtypes and shardings that these have.
 
-    An error leaves `params` as they were. With `staging="host"` the devices hold `1 + prefetch` units beside them, and
-    what one unit becomes; afterwards the buffers of the old arrays hold the new ones, and the old arrays, donated, are
-    gone: go on with those that are returned (an nnx module is updated, and returned). With `staging="device"` the new
-    arrays come beside the old ones, which stay usable: more memory, less time. (They are committed to their devices, as
-    loaded ones are; for others, such as those of `jnp.zeros`, compiled functions are compiled once more.)
+    An error while new weights are read, checked or quantized leaves `params` as they were. With `staging="host"` the
+    devices hold `1 + prefetch` units beside them, and what one unit becomes; afterwards the buffers of the old arrays
+    hold the new ones, and the old arrays, donated, are gone: go on with those that are returned (an nnx module is
+    updated, and returned). Ctrl-C during this last copy may leave some of the old arrays gone: load anew then. With
+    `staging="device"` the new arrays come beside the old ones, which stay usable: more memory, less time. (They are
+    committed to their devices, as loaded ones are; for others, such as those of `jnp.zeros`, compiled functions are
+    compiled once more.)
 
     Args:
       params: What `moe_online.load` returned, or any tree like it.

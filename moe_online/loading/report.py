@@ -22,6 +22,8 @@ class TensorReport:
     """One loaded leaf."""
 
     name: str
+    layer: str | None  # of experts, or dense, that it belongs to
+    kind: str | None  # of that: "moe", "linear"
     sources: tuple[str, ...]
     shape: tuple[int, ...]  # logical
     scheme: str
@@ -58,9 +60,13 @@ class LoadReport:
 
     @property
     def summary(self) -> str:
-        """One line for a log: layers by scheme, and what chose it; bytes, seconds, peak."""
-        layers = collections.Counter((t.scheme, t.rule) for t in self.tensors if t.is_quantized)
-        kinds = ", ".join(f"{n} tensors as {scheme} ({rule})" for (scheme, rule), n in layers.items())
+        """One line for a log: how many layers of which kind under which scheme; bytes, seconds, peak."""
+        layers = dict.fromkeys((t.layer or t.name, t.kind, t.scheme) for t in self.tensors if t.is_quantized)
+        found = collections.Counter((kind, scheme) for _, kind, scheme in layers)
+        kinds = ", ".join(
+            f"{n} {kind or 'other'} {'layer' if n == 1 else 'layers'} as {scheme}"
+            for (kind, scheme), n in found.items()
+        )
         return (
             f"loaded {self.source}: {kinds or 'nothing quantized'}; read {human_bytes(self.read_bytes)}, kept "
             f"{human_bytes(self.resident_bytes)} in {self.seconds:.1f} s; peak on the device "

@@ -101,6 +101,7 @@ def run(
     devices = {device: None for target in plan.targets for device in target.sharding.addressable_devices}
     meter, failures = PeakMeter(devices, collect=collect), _Failures()
     steps = StepCache() if steps is None else steps
+    known = len(steps)
     leaves = {target.name: _Progressing() for target in plan.targets}
     try:
         with progress_bar(progress) as bar, _compiling(plan, sink, steps):
@@ -123,7 +124,7 @@ def run(
         peak_bytes=meter.device_bytes,
         planned_host_peak_bytes=plan.host_peak_bytes,
         host_peak_bytes=meter.host_bytes,
-        compiled_steps=len(steps),
+        compiled_steps=len(steps) - known,
         compile_seconds=sum(leaf.compile_seconds for leaf in leaves.values()),
         seconds=time.perf_counter() - begin,
     )
@@ -293,6 +294,8 @@ def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
         worst = max((found for found in each if found is not None), default=None)
     return TensorReport(
         name=target.name,
+        layer=target.leaf.layer,
+        kind=target.leaf.kind,
         sources=tuple(name for part in target.parts for name in part.names),
         shape=target.shape,
         scheme=target.scheme,

@@ -92,6 +92,7 @@ def load(
     path: PathLike,
     *,
     quantization: Quantization | None = None,
+    requantize: bool = False,
     dtype: DTypeLike = jnp.bfloat16,
     mesh: Mesh | None = None,
     progress: bool = True,
@@ -100,7 +101,8 @@ def load(
 
     Args:
       path: The folder.
-      quantization: As `moe_online.load` takes it; None keeps every weight in `dtype`.
+      quantization: As `moe_online.load` takes it; None keeps every weight in `dtype`, or as it is stored quantized.
+      requantize: As `moe_online.load` takes it.
       dtype: Of activations, and of the weights that are not quantized.
       mesh: Places the weights: experts over its axes `expert` and `tensor`, the rest on every device.
       progress: Shows a progress bar.
@@ -117,7 +119,13 @@ def load(
     """
     abstract, checkpoint = _declare(path, dtype)
     model, report = loading.load(
-        abstract, checkpoint, quantization=quantization, mesh=mesh, progress=progress, **_layout(checkpoint)
+        abstract,
+        checkpoint,
+        quantization=quantization,
+        requantize=requantize,
+        mesh=mesh,
+        progress=progress,
+        **_layout(checkpoint),
     )
     return CausalLM(model=model, report=report)
 
@@ -126,12 +134,15 @@ def plan(
     path: PathLike,
     *,
     quantization: Quantization | None = None,
+    requantize: bool = False,
     dtype: DTypeLike = jnp.bfloat16,
     mesh: Mesh | None = None,
 ) -> LoadPlan:
     """What `load` with the same arguments would do; reads metadata only and raises what can be known from it."""
     abstract, checkpoint = _declare(path, dtype)
-    return loading.plan(abstract, checkpoint, quantization=quantization, mesh=mesh, **_layout(checkpoint))
+    return loading.plan(
+        abstract, checkpoint, quantization=quantization, requantize=requantize, mesh=mesh, **_layout(checkpoint)
+    )
 
 
 def _layout(checkpoint: epath.Path) -> dict[str, Any]:
@@ -147,7 +158,7 @@ def _logits(graph: Any, state: Any, tokens: Int[Array, "B S"]) -> Float[Array, "
 
 def _declare(path: PathLike, dtype: DTypeLike) -> tuple[Decoder, epath.Path]:
     """The model of a folder, abstract, and where its weights are."""
-    folder, config = epath.Path(os.fspath(path)), read_config(path)
+    folder, config = epath.Path(os.fspath(path)).expanduser(), read_config(path)
     if not (folder / CHECKPOINT_FOLDER).is_dir():
         raise CheckpointError(
             f"{folder} has a {CONFIG_FILE} but no folder {CHECKPOINT_FOLDER}/ with the Orbax checkpoint beside it"
@@ -163,7 +174,7 @@ def read_config(path: PathLike) -> DecoderConfig:
       CheckpointNotFound: nothing at the path.
       CheckpointError: no model folder, or one that cannot be read.
     """
-    folder = epath.Path(os.fspath(path))
+    folder = epath.Path(os.fspath(path)).expanduser()
     if not folder.exists():
         raise CheckpointNotFound(f"there is nothing at {folder}; give a folder with {CONFIG_FILE}")
     file = folder / CONFIG_FILE

@@ -12,7 +12,9 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import psutil
 import pytest
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -22,7 +24,7 @@ from by_name import by_name
 from moe_online import models
 from moe_online.assets import PYTHON_MOE_7M
 from moe_online.errors import CheckpointError, ConfigError, CorruptCheckpoint
-from moe_online.loading import export, folder
+from moe_online.loading import export, exported, folder, load
 from moe_online.loading.export import chunk_shape, save_quantized
 from moe_online.loading.manifest import Manifest, checksums
 from moe_online.loading.orbax import OrbaxSource
@@ -254,6 +256,7 @@ def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "CHUNK_BYTES", 96)
     path = save(exports.params("nvfp4"), tmp_path / "export")
     exports.stored(path)  # the control
+    assert len(exports.opened(path)) == len(Manifest.read(path).arrays) - 1  # the map of experts is the model's own
     files = exports.data_files(path)
     names = {file.parent.name for file in files}
     assert names == set(Manifest.read(path).arrays)
@@ -266,8 +269,78 @@ def test_a_flipped_bit_in_any_file_is_noticed(tmp_path, monkeypatch):
         with pytest.raises(CorruptCheckpoint, match=re.escape(f"{name} is damaged at index")) as caught:
             exports.stored(path)
         assert caught.value.names == (name,)
+        if not name.endswith("expert_map"):
+            with pytest.raises(CorruptCheckpoint, match=re.escape(f"{name} is damaged at index")):
+                exports.opened(path)
         exports.flip(file, at)
     exports.stored(path)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("damage", ["vanished", "cut short", "empty"])
+def test_a_chunk_that_is_lost_is_named(tmp_path, damage):
+    path = save(small(), tmp_path / "export")
+    file = path / "state" / "m" / "0.0"
+    data = file.read_bytes()
+    file.unlink()
+    if damage != "vanished":
+        file.write_bytes(data[: len(data) // 2] if damage == "cut short" else b"")
+    declared = {"m": jax.ShapeDtypeStruct((5, 8), jnp.bfloat16)}
+    with pytest.raises(CorruptCheckpoint, match=r"m in .* cannot be read: ") as caught:
+        load(declared, path, unexpected="ignore", progress=False)
+    assert caught.value.names == ("m",)
+
+
+@pytest.mark.parametrize("times", [2, 100])
+def test_errors_that_may_pass_are_tried_again(tmp_path, monkeypatch, times):
+    path = save(small(), tmp_path / "export")
+    left, read, pauses = [times], exported._read_file, []
+
+    def stumbling(*arguments):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        read(*arguments)
+
+    monkeypatch.setattr(exported, "_read_file", stumbling)
+    monkeypatch.setattr("time.sleep", pauses.append)
+    if times == 2:
+        assert set(exports.opened(path)) == {"w.values", "w.scales", "m", "v"}
+        assert len(pauses) == 2
+    else:
+        with pytest.raises(CheckpointError, match=r"Input/output error \(tried \d times\)"):
+            exports.opened(path)
+
+
+@pytest.mark.parametrize("written", [64, 1024])
+def test_chunks_of_another_size_than_today(tmp_path, monkeypatch, written):
+    monkeypatch.setattr(export, "CHUNK_BYTES", written)
+    path = save(small(), tmp_path / "export")
+    monkeypatch.undo()
+    for name, array in exports.opened(path).items():
+        assert_same_bits(array, exports.stored(path)[name])
+
+
+def test_any_names_and_sizes_come_back(tmp_path):
+    params = {"temperature": {"value": jnp.ones(3)}, "empty": np.zeros((4, 0)), "none": np.zeros((0, 4))}
+    found = exports.opened(save(params, tmp_path / "export"))
+    assert {name: array.shape for name, array in found.items()} == {
+        "temperature.value": (3,), "empty": (4, 0), "none": (0, 4)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [">f4", "uint4"])
+def test_what_could_not_be_read_again_is_refused(tmp_path, dtype):
+    array = np.ones(4, getattr(ml_dtypes, dtype, dtype))
+    with pytest.raises(ConfigError, match="would not be read again"):
+        save({"a": array}, tmp_path / "export")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(small(), "~/export")
+    assert_small(tmp_path / "export")
 
 
 def used_bytes(path, file):
@@ -507,8 +580,15 @@ def test_a_failed_swap_puts_the_old_one_back(tmp_path, monkeypatch):
 def test_what_killed_runs_left_is_removed(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    mine = [tmp_path / f".export.moe-online-{pid}.new" for pid in (dead.pid, os.getpid())]
-    others = [tmp_path / f".export.moe-online-{os.getppid()}.new", tmp_path / f".exported.moe-online-{dead.pid}.new"]
+    again = f"{os.getppid()}-{int(psutil.Process(os.getppid()).create_time()) - 60}"  # a number that another had before
+    mine = [
+        tmp_path / f".export.moe-online-{writer}.new"
+        for writer in (f"{dead.pid}-1700000000", folder._writer(os.getpid()), again)
+    ]
+    others = [
+        tmp_path / f".export.moe-online-{folder._writer(os.getppid())}.new",
+        tmp_path / f".exported.moe-online-{dead.pid}-1700000000.new",
+    ]
     for left in mine + others:
         left.mkdir()
         (left / "half").write_text("of a chunk")
@@ -521,7 +601,7 @@ def test_the_old_one_comes_back_after_a_kill_between_the_renames(tmp_path):
     path = save(small(), tmp_path / "export")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    path.rename(tmp_path / f".export.moe-online-{dead.pid}.old")
+    path.rename(tmp_path / f".export.moe-online-{dead.pid}-1700000000.old")
     with pytest.raises(CheckpointError, match="exists"):
         save(small(1), path)
     assert_small(path)

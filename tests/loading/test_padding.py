@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from by_name import assert_same_parts, by_name, whole_blocks
+from by_name import assert_same_parts, by_name
 from eight_devices import in_eight_devices
 from moe_online import MoEConfig, get_method, reload, save_quantized
 from moe_online.errors import ConfigError, ShapeMismatch
@@ -28,7 +28,7 @@ from quick import few
 from sources import BF16, WatchedSource, quiet_load, random, swapped
 from tolerance import assert_close, assert_same_bits
 
-E, H, INNER, SHARED = 4, 128, 192, 160  # neither has whole blocks of 128 on two devices
+E, H = 4, 128
 MESHES = ((1, 2), (2, 2), (1, 4), (2, 4))  # expert, tensor
 KEN = {
     "gate": "E K N -> w13_weight.gate",
@@ -46,20 +46,35 @@ def mesh_of(shape):
     return Mesh(np.array(jax.devices()[: math.prod(shape)]).reshape(shape), ("expert", "tensor"))
 
 
+def sizes(weight):
+    """I of experts and of shared ones: some blocks that two devices cannot share out."""
+    if weight == "fp8_per_block":
+        return 192, 160  # the last ones are no whole blocks
+    block = block_of(weight)
+    return (11, 5) if block == 1 else (3 * block, block)
+
+
+def block_of(weight):
+    """Along I, which is N of w13 and K of w2."""
+    return max(size or 1 for size in (BLOCKS[weight] if weight is not None else (1, 1)))
+
+
 @functools.cache
-def weights():
-    own = {"w13_weight": random(E, 2, INNER, H), "w2_weight": random(E, H, INNER, seed=1)}
-    own |= {"w13_bias": random(E, 2, INNER, seed=2), "w2_bias": random(E, H, seed=3)}
-    shared = {"w13_weight": random(1, 2, SHARED, H, seed=4), "w2_weight": random(1, H, SHARED, seed=5)}
+def weights(weight):
+    inner, of_shared = sizes(weight)
+    own = {"w13_weight": random(E, 2, inner, H), "w2_weight": random(E, H, inner, seed=1)}
+    own |= {"w13_bias": random(E, 2, inner, seed=2), "w2_bias": random(E, H, seed=3)}
+    shared = {"w13_weight": random(1, 2, of_shared, H, seed=4), "w2_weight": random(1, H, of_shared, seed=5)}
     return own, shared
 
 
-def declared():
-    return abstract_experts(E, H, INNER, BF16, has_bias=True, shared_intermediate_size=SHARED)
+def declared(weight):
+    inner, of_shared = sizes(weight)
+    return abstract_experts(E, H, inner, BF16, has_bias=True, shared_intermediate_size=of_shared)
 
 
-def source_of(layout):
-    own, shared = weights()
+def source_of(layout, weight):
+    own, shared = weights(weight)
     if layout == "ours":
         return open_source(own | {"shared": shared}), {}
     if layout == "on a device":
@@ -68,14 +83,12 @@ def source_of(layout):
     tree = {"gate": swapped(w13[:, 0]), "up": swapped(w13[:, 1]), "down": swapped(w2), "w2_bias": own["w2_bias"]}
     w13, w2 = shared["w13_weight"], shared["w2_weight"]
     tree["shared"] = {"gate": swapped(w13[0, 0]), "up": swapped(w13[0, 1]), "down": swapped(w2)}
-    return open_source(tree | {"b13": own["w13_bias"].reshape(E, 2 * INNER)}), KEN
+    return open_source(tree | {"b13": own["w13_bias"].reshape(E, -1)}), KEN
 
 
 def padded_size(size, weight, tensor):
     """From the definition: the least that gives each device whole blocks."""
-    n, k = BLOCKS[weight] if weight is not None else (None, None)
-    block = max(n or 1, k or 1)  # I is N of w13 and K of w2
-    return next(total for total in range(size, 10**6) if total % (block * tensor) == 0)
+    return next(total for total in range(size, 10**6) if total % (block_of(weight) * tensor) == 0)
 
 
 def cropped(found, shape):
@@ -101,7 +114,7 @@ def check(loaded, weight, tensor, *, taken_over=False):
 
     What is taken over from an export has zeros for the scales of padding too.
     """
-    for params, own, size in zip((loaded, loaded.shared), weights(), (INNER, SHARED), strict=True):
+    for params, own, size in zip((loaded, loaded.shared), weights(weight), sizes(weight), strict=True):
         total = padded_size(size, weight, tensor)
         assert params.w2_weight.shape[-1] == params.w13_weight.shape[-2] == total
         assert params.intermediate_size_unpadded == (None if total == size else size)
@@ -113,18 +126,17 @@ def check(loaded, weight, tensor, *, taken_over=False):
                 filled = np.pad(x, [(0, more - size) for more, size in zip(found.shape, x.shape, strict=True)])
                 if not taken_over:
                     assert_same_parts(found, quantize_numpy(filled, weight, shared_axes=axes))
-                if whole_blocks(weight, x.shape) == x.shape:
-                    assert_same_parts(cropped(found, x.shape), quantize_numpy(x, weight, shared_axes=axes))
+                assert_same_parts(cropped(found, x.shape), quantize_numpy(x, weight, shared_axes=axes))
 
 
 def bits(pairs):
     """Loads formats onto meshes, the layouts of the source in turn."""
     for i, (weight, shape) in enumerate(pairs):
-        source, mapping = source_of(("ours", "ken", "on a device")[i % 3])
+        source, mapping = source_of(("ours", "ken", "on a device")[i % 3], weight)
         watched = WatchedSource(source)
         config = None if weight is None else config_of(weight)
         more = {"mapping": mapping, "quantization": config, "unit_bytes": 2**16 if i % 2 else 2**28}
-        params, report = quiet_load(declared(), watched, mesh=mesh_of(shape), **more)
+        params, report = quiet_load(declared(weight), watched, mesh=mesh_of(shape), **more)
         check(params, weight, shape[1])
         assert all((counts == 1).all() for counts in watched.read_counts.values()), "read once, and nothing else"
         assert report.planned_peak_bytes >= report.peak_bytes >= report.resident_bytes
@@ -138,11 +150,16 @@ def config_of(weight):
 
 def life(weight, shape):
     """Padded weights give the output of others, are exported as if they were not padded, and can be reloaded."""
-    mesh, config, source = mesh_of(shape), config_of(weight), open_source(weights()[0] | {"shared": weights()[1]})
-    padded = quiet_load(declared(), source, quantization=config, mesh=mesh).params
-    plain = quiet_load(declared(), source, quantization=config).params
+    mesh, config, source = mesh_of(shape), config_of(weight), source_of("ours", weight)[0]
+    padded = quiet_load(declared(weight), source, quantization=config, mesh=mesh).params
+    plain = quiet_load(declared(weight), source, quantization=config).params
     moe = MoEConfig(
-        num_experts=E, top_k=2, hidden_size=H, intermediate_size=INNER, has_bias=True, shared_intermediate_size=SHARED
+        num_experts=E,
+        top_k=2,
+        hidden_size=H,
+        intermediate_size=sizes(weight)[0],
+        has_bias=True,
+        shared_intermediate_size=sizes(weight)[1],
     )
     method = get_method(None, moe)
     x, logits = jnp.asarray(random(33, H, seed=7)), jnp.asarray(random(33, E, seed=8))
@@ -154,14 +171,14 @@ def life(weight, shape):
 
     with tempfile.TemporaryDirectory() as folder:
         save_quantized(padded, f"{folder}/export", progress=False)
-        check_same(quiet_load(declared(), f"{folder}/export").params, plain)
-        again = quiet_load(declared(), f"{folder}/export", mesh=mesh_of((2, 4))).params
+        check_same(quiet_load(declared(weight), f"{folder}/export").params, plain)
+        again = quiet_load(declared(weight), f"{folder}/export", mesh=mesh_of((2, 4))).params
         check(again, weight, 4, taken_over=True)
         save_quantized(plain, f"{folder}/plain", progress=False)
-        check(quiet_load(declared(), f"{folder}/plain", mesh=mesh).params, weight, shape[1], taken_over=True)
+        check(quiet_load(declared(weight), f"{folder}/plain", mesh=mesh).params, weight, shape[1], taken_over=True)
 
-    fresh = jax.tree.map(lambda array: array * 2, weights()[0] | {"shared": weights()[1]})
-    other = quiet_load(declared(), fresh, quantization=config, mesh=mesh).params
+    fresh = jax.tree.map(lambda array: array * 2, weights(weight)[0] | {"shared": weights(weight)[1]})
+    other = quiet_load(declared(weight), fresh, quantization=config, mesh=mesh).params
     for staging in ("device", "host"):
         found = reload(padded, fresh, staging=staging, progress=False).params
         check_same(found, other)
@@ -177,20 +194,20 @@ def check_same(found, expected):
 
 def taken_over(requantized):
     """Codes and scales of a checkpoint come into padded weights too."""
-    own = {name: weights()[0][name] for name in ("w13_weight", "w2_weight")}
+    own = {name: weights("fp8_per_block")[0][name] for name in ("w13_weight", "w2_weight")}
     fmt = get_format("fp8_per_block")
     quantized = {name: quantize_numpy(x, fmt.name) for name, x in own.items()}
     tree, mapping = {}, {}
     for name, axes in (("w13_weight", "E S"), ("w2_weight", "E")):
         tree |= {name: quantized[name][0], f"{name}_scale_inv": swapped(quantized[name][1])}
         mapping[f"{name}_scale_inv"] = f"{axes} N K -> {name}.scales"
-    abstract = abstract_experts(E, H, INNER, BF16)
+    abstract = abstract_experts(E, H, 192, BF16)
     asked = {"quantization": "int8_per_channel_weight_only", "requantize": True} if requantized else {}
     more = {"mapping": mapping} | asked
     plain = quiet_load(abstract, tree, **more).params
     for shape in MESHES:
         padded = quiet_load(abstract, tree, mesh=mesh_of(shape), **more).params
-        assert padded.w2_weight.shape[-1] == padded_size(INNER, fmt.name, shape[1])
+        assert padded.w2_weight.shape[-1] == padded_size(192, fmt.name, shape[1])
         for name, x in own.items():
             found, expected = cropped(getattr(padded, name), x.shape), getattr(plain, name)
             jax.tree.map(assert_same_bits, found, expected)
@@ -201,17 +218,20 @@ def taken_over(requantized):
 
 def as_declared():
     """A sharding of the user's own, and experts that do not divide, are not padded but refused."""
-    tree = {"w13_weight": weights()[0]["w13_weight"], "w2_weight": weights()[0]["w2_weight"]}
-    sharded = abstract_experts(E, H, INNER, BF16, mesh=mesh_of((1, 2)))
+    tree = {name: weights("fp8_per_block")[0][name] for name in ("w13_weight", "w2_weight")}
+    sharded = abstract_experts(E, H, 192, BF16, mesh=mesh_of((1, 2)))
     with pytest.raises(ConfigError, match="a shard has 96 elements along N, no multiple of the block 128"):
         quiet_load(sharded, tree, quantization="fp8_per_block", mesh=mesh_of((1, 2)))
     with pytest.raises(ValueError, match=r"does not divide.*moe_online\.load\(mesh=\.\.\.\) pads"):
-        abstract_experts(E, H, INNER, BF16, mesh=Mesh(np.array(jax.devices()[:5]).reshape(1, 5), ("expert", "tensor")))
+        abstract_experts(E, H, 192, BF16, mesh=Mesh(np.array(jax.devices()[:5]).reshape(1, 5), ("expert", "tensor")))
     with pytest.raises(ConfigError, match="the mesh does not fit"):
-        quiet_load(abstract_experts(E, H, INNER, BF16), tree, mesh=mesh_of((8, 1)))
+        quiet_load(abstract_experts(E, H, 192, BF16), tree, mesh=mesh_of((8, 1)))
     wrong = tree | {"w2_weight": tree["w2_weight"][..., :-1]}
     with pytest.raises(ShapeMismatch, match=r"w2_weight \(4, 128, 191\).*, needed \(4, 128, 192\)"):
-        quiet_load(abstract_experts(E, H, INNER, BF16), wrong, quantization="fp8_per_block", mesh=mesh_of((1, 2)))
+        quiet_load(abstract_experts(E, H, 192, BF16), wrong, quantization="fp8_per_block", mesh=mesh_of((1, 2)))
+    config = {"moe": QuantSpec(get_format("int4_per_group"), None)}
+    with pytest.raises(ConfigError, match=r"K=192.* must be a multiple of 128"):  # as on one device
+        quiet_load(abstract_experts(E, H, 192, BF16), tree, quantization=config, mesh=mesh_of((1, 2)))
     print(json.dumps("done"))
 
 

@@ -296,13 +296,12 @@ class Compilations:
 @pytest.mark.parametrize(
     ("quantization", "staging"),
     [
-        ("int8_w8a16", "host"),
-        pytest.param("int8_w8a16", "device", marks=pytest.mark.slow),
+        pytest.param("int8_w8a16", "host", marks=pytest.mark.slow),
+        ("int8_w8a16", "device"),
         pytest.param(None, "host", marks=pytest.mark.slow),
         pytest.param(None, "device", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow
 def test_modules_are_updated_in_place_and_compiled_once(quantization, staging):
     model, fresh = served(0, quantization), served(1, quantization)
     graph, traces = nnx.graphdef(model), []
@@ -331,7 +330,6 @@ def test_modules_are_updated_in_place_and_compiled_once(quantization, staging):
     assert compiled.count > 0
 
 
-@pytest.mark.slow
 def test_plain_trees_with_dense_kernels():
     """As linen has them: no module says that they are kernels."""
     new = trained(1)
@@ -432,7 +430,6 @@ def test_a_source_that_does_not_fit_changes_nothing(source, error, names, stagin
 
 @pytest.mark.parametrize("sink", [OnHost, OnDevices])
 @pytest.mark.parametrize("at", [1, 5, 12])
-@pytest.mark.slow
 def test_memory_that_runs_out_changes_nothing(monkeypatch, sink, at):
     """Where a unit begins, the most of it that fits being on the device."""
     params = loaded()
@@ -487,7 +484,6 @@ def test_from_files(tmp_path):
     ],
 )
 @pytest.mark.parametrize("staging", STAGINGS)
-@pytest.mark.slow
 def test_names(names, chosen, staging):
     params = loaded()
     source = WatchedSource(open_source(NEW | {"surplus": random(3)}))
@@ -504,7 +500,6 @@ def test_names(names, chosen, staging):
             assert_same_parts(found, wanted)
 
 
-@pytest.mark.slow
 def test_names_of_modules():
     model = served(0)
     before = dict(zip(nnx.to_flat_state(nnx.state(model)).paths, pointers_by_leaf(nnx.state(model)), strict=True))
@@ -625,7 +620,6 @@ def test_a_hundred_reloads_leave_nothing_behind(request):
 
 
 @pytest.mark.parametrize("staging", STAGINGS)
-@pytest.mark.slow
 def test_arrays_of_no_device_in_particular(staging):
     """As `jnp.zeros` makes them. Those that are copied into stay so, for which functions were compiled."""
     params = {"w": jnp.zeros((4, 6)), "s": jnp.zeros(()), "b": jnp.zeros((0, 3))}
@@ -643,7 +637,6 @@ def test_arrays_of_no_device_in_particular(staging):
 
 
 @pytest.mark.parametrize("staging", STAGINGS)
-@pytest.mark.slow
 def test_one_array_in_two_places(staging):
     one = jax.device_put(random(4, 6, dtype=np.float32), jax.devices()[0])
     new = {name: random(4, 6, dtype=np.float32, seed=seed) for seed, name in enumerate("ab", 1)}

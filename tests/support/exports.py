@@ -7,6 +7,7 @@ import numpy as np
 from by_name import by_name, whole_blocks
 from moe_online.dense import DenseKernel
 from moe_online.experts import ExpertWeights, SharedExpertWeights
+from moe_online.loading import open_source
 from moe_online.loading.manifest import Manifest
 from moe_online.loading.orbax import OrbaxSource
 from pallas_kernels import QuantizedArray, get_format
@@ -67,6 +68,12 @@ def stored(path):
         found[name] = source.read(name, tuple(slice(0, size) for size in tensor.shape))
         manifest.verify(name, 0, found[name])
     return found
+
+
+def opened(path):
+    """Every array that a load could ask for by name, read as it would be."""
+    source = open_source(path)
+    return {name: source.read(name, tuple(slice(0, n) for n in t.shape)) for name, t in source.tensors.items()}
 
 
 def data_files(path):
