@@ -165,7 +165,9 @@ def abstract_experts(
             if name is not None and size % mesh.shape[name]:
                 raise ValueError(
                     f"{size} of {'shared.' * shared}{field} {shape} does not divide among the {mesh.shape[name]} "
-                    f"devices of mesh axis {name!r}; moe_online.load(mesh=...) pads what is declared without a mesh"
+                    f"devices of mesh axis {name!r}"
+                    + "; moe_online.load(mesh=...) pads what is declared without a mesh"
+                    * (name == tensor_axis)
                 )
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 

@@ -21,6 +21,7 @@ from moe_online.loading.orbax import OrbaxSource
 from moe_online.loading.padding import padded
 from moe_online.loading.plan import LoadPlan, make_plan
 from moe_online.loading.report import LoadReport
+from moe_online.loading.rules import LAYER
 from moe_online.loading.safetensors import SafetensorsSource, is_safetensors
 from moe_online.loading.sinks import OnDevices
 from moe_online.loading.source import CheckpointSource, MemorySource, prefixed
@@ -79,9 +80,10 @@ def load(
         that may be left.
       requantize: Whether codes of a checkpoint that is quantized already may become those of another format, or real
         numbers. Otherwise they are taken over as they are, and any other wish is an error.
-      mesh: Places leaves that have no sharding, or a single device's: experts over its axes `expert` and `tensor`, the
-        rest on every device. An intermediate size that does not give each device of `tensor` whole blocks of scales is
-        filled up with zeros until it does; `ExpertWeights.intermediate_size_unpadded` tells what it was.
+      mesh: Places leaves that have no sharding, or a single device's: the tensors of `ExpertWeights` over its axes
+        `expert` and `tensor`, where it has them; the rest, also experts that only a rule says to be some, on every
+        device. An intermediate size that does not give each device of `tensor` whole blocks of scales is filled up
+        with zeros until it does; `ExpertWeights.intermediate_size_unpadded` tells what it was.
       unit_bytes: Most source bytes per unit; one expert (or row, or kernel that is quantized) is the least.
       memory_limit: Bytes that the planned peak may reach, on all devices together; units become smaller where that
         is needed.
@@ -238,6 +240,8 @@ def _sharding(leaf: Leaf, mesh: Mesh | None) -> Any:
         spec = PartitionSpec()
         if leaf.field in (SHARED_AXES if leaf.kind == "linear" else FIELD_AXES):
             spec = expert_spec(str(leaf.field), mesh, shared=leaf.kind == "linear")
+            if (leaf.axes or "").startswith(LAYER):
+                spec = PartitionSpec(None, *spec)
         sharding = NamedSharding(mesh, spec)
     if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
         # XLA, not the types of arrays, follows the shardings here: `jax.make_mesh` would have it the other way.

@@ -89,6 +89,9 @@ def assemble(
     fmt = stored_format or _recognised(leaf, by_child)
     needed = [child for child in CHILDREN if child != "global_scale" or fmt.two_level]
     findings.missing += [f"{leaf.name}.{child}" for child in needed if child not in by_child]
+    for child in children:
+        for claim in by_child[child] if child not in needed else ():
+            findings.surplus[claim.tensor.name] = f"{claim.tensor.name} ({fmt} has no {child})"
     parts = [part for child in needed for part in _parts(leaf, child, by_child.get(child, []), fmt, findings)]
     return tuple(parts), fmt
 
@@ -96,6 +99,13 @@ def assemble(
 def with_axes(leaf: Leaf, claims: Sequence[Claim]) -> Leaf:
     """A leaf of the user's own, whose axes a rule says: by `as`, or as those of the tensor in the order of ours."""
     rules = [claim.rule for claim in claims if claim.rule is not None and claim.rule.axes is not None]
+    for rule in rules:
+        said = rule.leaf_axes
+        if said is not None and (len(said) != leaf.aval.ndim if leaf.axes is None else not _agree(said, leaf.axes)):
+            raise ConfigError(
+                f"mapping rule {rule.pattern!r} says that {leaf.name} has the axes {' '.join(said)}, but it is "
+                f"{tuple(leaf.aval.shape)}{'' if leaf.axes is None else f' (axes {chr(32).join(leaf.axes)})'}"
+            )
     if leaf.axes is not None or not rules:
         return leaf
     said = rules[0].leaf_axes
@@ -104,6 +114,11 @@ def with_axes(leaf: Leaf, claims: Sequence[Claim]) -> Leaf:
         letters -= {letter for claim in claims[:1] if claim.split for letter in claim.split[0]}
         said = "".join(letter for letter in AXES if letter in letters)
     return dataclasses.replace(leaf, axes=said) if len(said) == leaf.aval.ndim else leaf
+
+
+def _agree(said: str, axes: str) -> bool:
+    """Whether a rule says what is known; it may leave out gate and up, of which it is about one."""
+    return said in (axes, axes.replace(HALF, ""))
 
 
 def _recognised(leaf: Leaf, by_child: Mapping[Child, Sequence[Claim]]) -> Format:

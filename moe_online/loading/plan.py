@@ -298,4 +298,9 @@ def step_bytes(unit: Unit) -> int:
     if target.is_decoded:
         rows = unit.stop - unit.start
         decoded = math.prod((rows, *shape[1:])) * np.dtype(np.float32).itemsize
+        decoded += sum(  # codes in another order of axes are put in ours first
+            bytes_on_devices(stored) // len(stored.sharding.device_set)
+            for part, stored in zip(target.parts, unit.parts, strict=True)
+            if list(target.permutation(part)) != sorted(target.permutation(part))
+        )
     return temporary_bytes(shape, target.format) + decoded

@@ -52,7 +52,10 @@ def temporary_bytes(shape: tuple[int, ...], fmt: Format | None) -> int:
 def _rows_of_n(shape: tuple[int, ...], fmt: Format | None) -> tuple[int, int]:
     """N, and how many elements of one row of axis 0 share an index along it; below rank 3 all do, but for a matrix."""
     n = shape[-2] if len(shape) > 2 or fmt is not None else 1
-    return n, shape[-1] if fmt is not None else math.prod(shape[1:]) // max(n, 1)
+    if fmt is None:
+        return n, math.prod(shape[1:]) // max(n, 1)
+    block = fmt.block[1] or 1
+    return n, -(-shape[-1] // block) * block  # a ragged end is filled up
 
 
 @jax.tree_util.register_dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from moe_online.errors import CorruptCheckpoint
 from moe_online.loading.parts import Part, Read
 from moe_online.loading.source import CheckpointSource, Index, InPlaceSource
 from moe_online.loading.units import Unit
+from pallas_kernels import Format, quantize
 
 THREADS = 16
 PIECE = 16 * 2**20  # bytes that one thread reads at a time
@@ -208,17 +210,26 @@ class Reader:
 def _with_padding(unit: Unit, found: Sequence[dict[jax.Device, Any]]) -> list[dict[jax.Device, Any]]:
     """What was read for each device, filled up with zeros to what it is to have."""
     padded = []
-    for part, arrays in zip(unit.parts, found, strict=True):
-        shape = part.sharding.shard_shape(part.shape)
-        devices = part.sharding.addressable_devices
-        padded.append({device: _filled_up(arrays.get(device), shape, part.dtype) for device in devices})
+    for part, aval, arrays in zip(unit.target.parts, unit.parts, found, strict=True):
+        fmt = unit.target.source_format
+        fill = zero_block_scale(fmt) if fmt is not None and part.child == "scales" else 0
+        shape, devices = aval.sharding.shard_shape(aval.shape), aval.sharding.addressable_devices
+        padded.append({device: _filled_up(arrays.pop(device, None), shape, aval.dtype, fill) for device in devices})
     return padded
 
 
-def _filled_up(array: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+@functools.cache
+def zero_block_scale(fmt: Format) -> Any:
+    """What a format stores as the scale of a block of zeros."""
+    n, k = (size or fmt.codes_per_element for size in fmt.block)
+    return np.asarray(quantize(jnp.zeros((1, n, k)), fmt).scales).flat[0]
+
+
+def _filled_up(array: Any, shape: tuple[int, ...], dtype: Any, fill: Any) -> Any:
     if isinstance(array, jax.Array):
-        return jnp.pad(array, [(0, size - own) for size, own in zip(shape, array.shape, strict=True)])
-    out = np.zeros(shape, dtype)
+        widths = [(0, size - own) for size, own in zip(shape, array.shape, strict=True)]
+        return jnp.pad(array, widths, constant_values=jnp.asarray(fill, array.dtype))
+    out = np.full(shape, fill, dtype)
     if array is not None:
         out[tuple(map(slice, array.shape))] = array
     return out

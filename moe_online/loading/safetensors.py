@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -214,7 +215,7 @@ def _header(file: Place) -> list[_Tensor]:
         length = int.from_bytes(reader.read(8, 0), "little")
         if not 2 <= length <= MAX_HEADER:
             raise ValueError(f"its header would take {length} bytes")
-        header = json.loads(reader.read(length, 8))
+        header = json.loads(reader.read(length, 8), object_pairs_hook=_unique)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         unknown = {str(entry["dtype"]) for entry in entries.values()} - set(DTYPES)
         if unknown:
@@ -223,6 +224,7 @@ def _header(file: Place) -> list[_Tensor]:
             _Tensor(_stored(name, entry), file, reader, 8 + length + int(entry["data_offsets"][0]))
             for name, entry in entries.items()
         ]
+        _check_apart(tensors)
         end = max((tensor.offset + tensor.stored.nbytes for tensor in tensors), default=0)
         if end > 8 + length:
             reader.read(1, end - 1)  # fails where the file has been cut off
@@ -231,6 +233,20 @@ def _header(file: Place) -> list[_Tensor]:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, OSError) as error:
         raise read_error(str(file), error, damaged=f"is no {SUFFIX} file, or damaged") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its header has a name twice")
+    return found
+
+
+def _check_apart(tensors: Sequence[_Tensor]) -> None:
+    filled = [tensor for tensor in tensors if tensor.stored.nbytes]
+    for one, other in itertools.pairwise(sorted(filled, key=lambda tensor: tensor.offset)):
+        if one.offset + one.stored.nbytes > other.offset:
+            raise ValueError(f"{one.stored.name} and {other.stored.name} share bytes")
 
 
 def _stored(name: str, entry: Mapping[str, Any]) -> StoredTensor:

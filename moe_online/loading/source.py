@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -98,9 +99,45 @@ class MemorySource:
         array = self._arrays[name]
         if isinstance(array, np.ndarray):
             return array[index].copy()
-        starts, sizes = zip(*((s.start, s.stop - s.start) for s in index), strict=True) if index else ((), ())
-        part: jax.Array = _copy(array, np.asarray(starts, np.int32), sizes)
-        return part
+        if len(array.sharding.device_set) == 1:
+            return _copied(array, index)
+        return _gathered(array, index)
+
+
+def _gathered(array: jax.Array, index: Index) -> jax.Array:
+    """A copy of a part of a sharded array, on one device; no more than that part crosses between devices."""
+    sizes = tuple(s.stop - s.start for s in index)
+    whole, seen = None, set()
+    for shard in array.addressable_shards:
+        held = tuple(slice(*s.indices(size)[:2]) for s, size in zip(shard.index, array.shape, strict=True))
+        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(held, index, strict=True)]
+        key = tuple((s.start, s.stop) for s in common)
+        if key in seen or any(start >= stop for start, stop in key):
+            continue
+        seen.add(key)
+        inner = tuple(slice(c.start - h.start, c.stop - h.start) for c, h in zip(common, held, strict=True))
+        piece = _copied(shard.data, inner)
+        if piece.shape == sizes:
+            return piece
+        if whole is None:
+            whole = jnp.zeros(sizes, array.dtype, device=piece.sharding)
+        starts = np.asarray([c.start - i.start for c, i in zip(common, index, strict=True)], np.int32)
+        whole = _pasted(whole, jax.device_put(piece, whole.sharding), starts)
+    if whole is None:
+        whole = jnp.zeros(sizes, array.dtype)  # of an empty region
+    return whole
+
+
+def _copied(array: jax.Array, index: Index) -> jax.Array:
+    """A copy of a part of an array on one device."""
+    starts, sizes = zip(*((s.start, s.stop - s.start) for s in index), strict=True) if index else ((), ())
+    part: jax.Array = _copy(array, np.asarray(starts, np.int32), sizes)
+    return part
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _pasted(whole: jax.Array, piece: jax.Array, starts: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice(whole, piece, list(starts))
 
 
 def _copy_part(array: jax.Array, starts: jax.Array, sizes: tuple[int, ...]) -> jax.Array:

@@ -239,7 +239,7 @@ def _with_arrays(
     values = {field: arrays[join(name, field)] for field in axes if getattr(node, field) is not None}
     changes: dict[str, Any] = {"activation_format": formats.get(name)}
     declared, loaded = node.w2_weight.shape[-1], values["w2_weight"].shape[-1]
-    if declared != loaded:
+    if declared != loaded and node.intermediate_size_unpadded is None:
         changes["intermediate_size_unpadded"] = declared
     return dataclasses.replace(node, **values, **changes)
 

@@ -93,9 +93,9 @@ class Target:
         """The same of what the source holds, where that is quantized: `[..., N, K]`, also of a kernel `[K, N]`."""
         if not self.is_turned:
             return self._as(self.source_format)
-        leaf = self.leaf.transposed()
-        sharding = self.sharding if leaf.aval.sharding is None else leaf.aval.sharding
-        return dataclasses.replace(self, leaf=leaf, sharding=sharding)._as(self.source_format)
+        aval = jax.ShapeDtypeStruct(self.shape, self.leaf.aval.dtype, sharding=self.sharding)
+        leaf = dataclasses.replace(self.leaf, aval=aval).transposed()
+        return dataclasses.replace(self, leaf=leaf, sharding=leaf.aval.sharding)._as(self.source_format)
 
     @property
     def is_turned(self) -> bool:

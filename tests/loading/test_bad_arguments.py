@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import moe_online
 from moe_online.config import MoEConfig
 from moe_online.errors import ConfigError
+from moe_online.experts import abstract_experts
 from moe_online.flax import MoE
 from moe_online.loading import open_source
 from moe_online.loading.rules import parse_rule
@@ -198,3 +199,20 @@ def test_names_are_unique():
 
 def test_arguments_in_the_wrong_order():
     assert_refused("load(model, source)", abstract="checkpoint", source=as_ken(TREE), mapping=None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ("N K -> w as E K N", r"has the axes E K N, but it is (2, 3)"),
+        ("E N K -> w2_weight as E K N", r"has the axes E K N, but it is (2, 3, 4) (axes E N K)"),
+    ],
+)
+def test_axes_that_a_leaf_does_not_have(rule, says):
+    name = rule.partition(" -> ")[2].partition(" ")[0]
+    experts = abstract_experts(2, 3, 4, BF16)
+    abstract = {"w": jax.ShapeDtypeStruct((2, 3), BF16)} if name == "w" else experts
+    source = {"a": np.ones(abstract["w"].shape if name == "w" else (2, 3, 4), np.float32)}
+    if name != "w":
+        source["w13_weight"] = np.ones((2, 2, 4, 3), np.float32)
+    assert_refused(says, abstract=abstract, source=source, mapping={"a": rule})

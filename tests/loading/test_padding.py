@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from by_name import assert_same_parts, by_name
 from eight_devices import in_eight_devices
 from moe_online import MoEConfig, get_method, reload, save_quantized
 from moe_online.errors import ConfigError, ShapeMismatch
 from moe_online.experts import abstract_experts
-from moe_online.loading import open_source
+from moe_online.loading import open_source, source
 from moe_online.schemes import QuantSpec
 from numpy_quantizer import BLOCKS, WEIGHTS, quantize_numpy
 from pallas_kernels import QuantizedArray, get_format
@@ -109,11 +109,8 @@ def cropped(found, shape):
     return dataclasses.replace(found, **parts)
 
 
-def check(loaded, weight, tensor, *, taken_over=False):
-    """Each field is as long as the mesh needs, with the bits of numpy, of what is padded and of what is not.
-
-    What is taken over from an export has zeros for the scales of padding too.
-    """
+def check(loaded, weight, tensor):
+    """Each field is as long as the mesh needs, with the bits of numpy, of what is padded and of what is not."""
     for params, own, size in zip((loaded, loaded.shared), weights(weight), sizes(weight), strict=True):
         total = padded_size(size, weight, tensor)
         assert params.w2_weight.shape[-1] == params.w13_weight.shape[-2] == total
@@ -124,8 +121,7 @@ def check(loaded, weight, tensor, *, taken_over=False):
             else:
                 found, axes = getattr(params, name), tuple(range(1, x.ndim - 2))
                 filled = np.pad(x, [(0, more - size) for more, size in zip(found.shape, x.shape, strict=True)])
-                if not taken_over:
-                    assert_same_parts(found, quantize_numpy(filled, weight, shared_axes=axes))
+                assert_same_parts(found, quantize_numpy(filled, weight, shared_axes=axes))
                 assert_same_parts(cropped(found, x.shape), quantize_numpy(x, weight, shared_axes=axes))
 
 
@@ -173,9 +169,9 @@ def life(weight, shape):
         save_quantized(padded, f"{folder}/export", progress=False)
         check_same(quiet_load(declared(weight), f"{folder}/export").params, plain)
         again = quiet_load(declared(weight), f"{folder}/export", mesh=mesh_of((2, 4))).params
-        check(again, weight, 4, taken_over=True)
+        check(again, weight, 4)
         save_quantized(plain, f"{folder}/plain", progress=False)
-        check(quiet_load(declared(weight), f"{folder}/plain", mesh=mesh).params, weight, shape[1], taken_over=True)
+        check(quiet_load(declared(weight), f"{folder}/plain", mesh=mesh).params, weight, shape[1])
 
     fresh = jax.tree.map(lambda array: array * 2, weights(weight)[0] | {"shared": weights(weight)[1]})
     other = quiet_load(declared(weight), fresh, quantization=config, mesh=mesh).params
@@ -233,6 +229,70 @@ def as_declared():
     with pytest.raises(ConfigError, match=r"K=192.* must be a multiple of 128"):  # as on one device
         quiet_load(abstract_experts(E, H, 192, BF16), tree, quantization=config, mesh=mesh_of((1, 2)))
     print(json.dumps("done"))
+
+
+def stacked(weight):
+    """`[L, E, ...]`: layers stay together, E and I are shared out, and I is padded."""
+    own = {name: np.stack([x, x[::-1]]) for name, x in weights(weight)[0].items()}
+    inner, _ = sizes(weight)
+    one = abstract_experts(E, H, inner, BF16, has_bias=True)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), one)
+    config = {"moe": QuantSpec(by_name(weight), None)}
+    for shape in MESHES:
+        params = quiet_load(abstract, own, quantization=config, mesh=mesh_of(shape), unit_bytes=2**14).params
+        assert params.w2_weight.values.sharding.spec == PartitionSpec(None, "expert", None, "tensor")
+        assert params.w2_weight.shape[-1] == padded_size(inner, weight, shape[1])
+        for name, x in own.items():
+            found = cropped(getattr(params, name), x.shape)
+            if name.endswith("bias"):
+                assert_same_bits(found, x)
+            else:
+                assert_same_parts(found, quantize_numpy(x, weight, shared_axes=tuple(range(2, x.ndim - 2))))
+    print(json.dumps("done"))
+
+
+def twice(weight):
+    """Declared as it lies on one mesh, and padded further for another: what it was is what it was at first."""
+    tree = source_of("ours", weight)[0]
+    first = quiet_load(declared(weight), tree, quantization=config_of(weight), mesh=mesh_of((1, 2))).params
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, BF16), first, is_leaf=lambda x: isinstance(x, QuantizedArray)
+    )
+    check(quiet_load(abstract, tree, quantization=config_of(weight), mesh=mesh_of((2, 4))).params, weight, 4)
+    print(json.dumps("done"))
+
+
+def from_a_mesh():
+    """Arrays on one mesh come to another piece by piece: no program of several devices touches them."""
+    weight, mesh = "fp8_per_block", mesh_of((2, 4))
+    own = {"w13_weight": random(E, 2, 256, H), "w2_weight": random(E, H, 256, seed=1)}
+    sharding = NamedSharding(mesh, PartitionSpec("expert", None, "tensor"))
+    tree = {name: jax.device_put(x, sharding) for name, x in own.items()}
+    devices, copy = [], source._copy
+    source._copy = lambda array, *rest: devices.append(len(array.sharding.device_set)) or copy(array, *rest)
+    for shape, unit_bytes in (((1, 2), 2**28), ((2, 1), 2**14), ((4, 2), 2**28), ((1, 1), 2**16)):
+        abstract = abstract_experts(E, H, 256, BF16)
+        arguments = {"quantization": {"moe": QuantSpec(get_format(weight), None)}, "unit_bytes": unit_bytes}
+        params = quiet_load(abstract, tree, mesh=mesh_of(shape), **arguments).params
+        for name, x in own.items():
+            axes = tuple(range(1, x.ndim - 2))
+            assert_same_parts(getattr(params, name), quantize_numpy(x, weight, shared_axes=axes))
+    assert devices
+    assert set(devices) == {1}
+    print(json.dumps("done"))
+
+
+@pytest.mark.parametrize("weight", few(["fp8_per_block", "nvfp4", "int8_per_channel"], ("fp8_per_block",)))
+def test_leaves_of_all_layers(request, weight):
+    assert in_eight_devices(request, "test_padding", "stacked", weight=weight) == "done"
+
+
+def test_padded_twice(request):
+    assert in_eight_devices(request, "test_padding", "twice", weight="mxfp8") == "done"
+
+
+def test_arrays_on_another_mesh(request):
+    assert in_eight_devices(request, "test_padding", "from_a_mesh") == "done"
 
 
 SOME = [(None, (2, 2)), ("fp8_per_block", (2, 4)), ("nvfp4", (1, 2)), ("int8_per_channel", (1, 4))]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 import moe_online
@@ -21,6 +22,7 @@ from moe_online.errors import (
     MissingWeights,
     NonFiniteWeight,
     ShapeMismatch,
+    UnexpectedWeights,
 )
 from moe_online.experts import abstract_experts
 from moe_online.flax import Linear
@@ -532,3 +534,22 @@ def test_four_devices(request):
     rows = json.loads(done.stdout.splitlines()[-1])
     assert len(rows) == 8
     assert all(0 < peak <= planned for peak, planned in rows)
+
+
+def test_a_kernel_that_stays_real_goes_where_the_mesh_says():
+    """Also one that is declared on one device."""
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {"w": {"kernel": jax.ShapeDtypeStruct((K, N), BF16, sharding=one)}}
+    rules = {name: f"{rule.replace('kernel', 'w.kernel')} as K N" for name, rule in DENSE.items()}
+    mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("expert", "tensor"))
+    params, _ = quiet_load(abstract, dense(), mapping=rules, requantize=True, mesh=mesh)
+    assert params["w"]["kernel"].sharding == NamedSharding(mesh, PartitionSpec())
+
+
+def test_a_scale_that_the_format_has_not_is_no_weight():
+    """It would have to be multiplied with: left out, the weights would be wrong."""
+    codes, scales = quantize_numpy(random(2, 128, 128), FP8)
+    source = {"w2_weight": {"values": codes, "scales": scales, "global_scale": np.full(2, 5, np.float32)}}
+    source["w13_weight"] = random(2, 2, 128, 128)
+    with pytest.raises(UnexpectedWeights, match=r"w2_weight\.global_scale \(fp8_per_block has no global_scale\)"):
+        quiet_load(abstract_experts(2, 128, 128, BF16), source)

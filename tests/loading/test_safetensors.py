@@ -137,6 +137,8 @@ DAMAGED = {
     "no JSON": (5).to_bytes(8, "little") + b"nope!",
     "no object": header([1]),
     "truncated data": save(TREE)[:-1],
+    "bytes of two tensors": header({"x": X, "y": X}) + bytes(8),
+    "a name twice": header({"x": X, "y": X}).replace(b'"y"', b'"x"') + bytes(8),
     "another size than the shape's": header({"x": X | {"shape": [3]}}) + bytes(8),
     "offsets past the end": header({"x": X | {"data_offsets": [8, 16]}}) + bytes(8),
     "a negative shape": header({"x": X | {"shape": [-1, -2]}}) + bytes(8),
