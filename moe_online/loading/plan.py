@@ -79,8 +79,8 @@ class LoadPlan:
         if self.coarse_tensors:
             lines.append(
                 f"stored in chunks whose rows take more than {human_bytes(self.unit_bytes)}, so the host holds more: "
-                f"{listed(self.coarse_tensors, 'tensor')}; save with StorageOptions(chunk_byte_size=..., "
-                "shard_axes=(0,)) to avoid it"
+                f"{listed(self.coarse_tensors, 'tensor')}; Orbax saves smaller chunks with "
+                "StorageOptions(chunk_byte_size=..., shard_axes=(0,))"
             )
         return "\n".join(lines)
 
