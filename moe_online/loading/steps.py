@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import jax
@@ -45,7 +46,11 @@ class StepCache:
     def __len__(self) -> int:
         return len(self._compiled)
 
-    def get(
+    def get(self, *arguments: Any, **options: Any) -> Compiled:
+        """The step that `begin` with the same arguments promises."""
+        return self.begin(*arguments, **options).result()
+
+    def begin(
         self,
         stored: Any,
         layouts: tuple[PartLayout, ...],
@@ -54,8 +59,9 @@ class StepCache:
         source: Format | None = None,
         is_stacked: bool = False,
         is_turned: bool = False,
-    ) -> Compiled:
-        """The step for a finished leaf like `stored` and parts like these.
+        compilers: Executor | None = None,
+    ) -> Future[Compiled]:
+        """Begins to make the step for a finished leaf like `stored` and parts like these, if it is not there.
 
         Args:
           stored: A `ShapeDtypeStruct`, or a QuantizedArray of them.
@@ -64,6 +70,8 @@ class StepCache:
           source: The format of the parts, where they are codes and scales.
           is_stacked: Whether the leaf is `[L, E, ...]`; a unit is of one layer.
           is_turned: Whether the leaf is `[K, N]` and the codes are `[N, K]`.
+          compilers: Who compiles what is traced and lowered here, so that the next step can be meanwhile; None: this
+            thread.
         """
         key = (
             tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(stored)),
@@ -78,23 +86,40 @@ class StepCache:
             found, is_mine = self._compiled.get(key), key not in self._compiled
             if found is None:
                 found = self._compiled[key] = Future()
-        if is_mine:
+        if not is_mine:
+            return found
+
+        @contextlib.contextmanager
+        def failing() -> Iterator[None]:
             try:
-                found.set_result(_compile(stored, layouts, parts, source, is_stacked, is_turned))
+                yield
             except BaseException as error:
                 del self._compiled[key]
                 found.set_exception(error)
-        return found.result()
+
+        def finish(lowered: jax.stages.Lowered) -> None:
+            with failing():
+                compiled = lowered.compile()
+                analysis = compiled.memory_analysis()
+                found.set_result(Compiled(compiled, 0 if analysis is None else analysis.temp_size_in_bytes))
+
+        with failing():
+            lowered = _lowered(stored, layouts, parts, source, is_stacked, is_turned)
+            if compilers is None:
+                finish(lowered)
+            else:
+                compilers.submit(finish, lowered)
+        return found
 
 
-def _compile(
+def _lowered(
     stored: Any,
     layouts: tuple[PartLayout, ...],
     parts: Sequence[jax.ShapeDtypeStruct],
     source: Format | None,
     is_stacked: bool,
     is_turned: bool,
-) -> Compiled:
+) -> jax.stages.Lowered:
     devices = {device for leaf in jax.tree.leaves(stored) for device in leaf.sharding.device_set}
     axes = _MeshAxes.of(stored, is_stacked) if len(devices) > 1 else _MeshAxes()
     step = _step(_local(stored, is_stacked), layouts, source, axes, is_turned)
@@ -105,9 +130,7 @@ def _compile(
         step = _on_each_device(step, stored, parts, axes)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     with jax.default_device(min(devices, key=lambda device: device.id)):  # kernels are chosen for where they will run
-        compiled = jitted.lower(stored, list(parts), jax.ShapeDtypeStruct((), np.int32)).compile()
-    analysis = compiled.memory_analysis()
-    return Compiled(compiled, 0 if analysis is None else analysis.temp_size_in_bytes)
+        return jitted.lower(stored, list(parts), jax.ShapeDtypeStruct((), np.int32))
 
 
 def _step(

@@ -29,7 +29,7 @@ from moe_online.loading.report import LoadReport, TensorReport
 from moe_online.loading.rules import EXPERT, LAYER
 from moe_online.loading.sinks import Sink
 from moe_online.loading.source import CheckpointSource, InPlaceSource
-from moe_online.loading.steps import Compiled, StepCache
+from moe_online.loading.steps import StepCache
 from moe_online.loading.units import Target, Unit, stored_bytes
 
 logger = logging.getLogger("moe_online")
@@ -142,10 +142,15 @@ def _compiling(plan: LoadPlan, sink: Sink, steps: StepCache) -> Iterator[None]:
             if done.is_set():
                 return
             with contextlib.suppress(Exception):  # whoever needs this step will see it
-                _step(unit, sink, steps)
+                arguments, options = _kind(unit, sink)
+                steps.begin(*arguments, **options, compilers=compilers)
 
-    with ThreadPoolExecutor(1, "moe-online-compiler") as compiler:
-        compiler.submit(compile_all)
+    # One traces and lowers, which Python does, the other compiles, which XLA does.
+    with (
+        ThreadPoolExecutor(1, "moe-online-compiler") as compilers,
+        ThreadPoolExecutor(1, "moe-online-tracer") as tracer,
+    ):
+        tracer.submit(compile_all)
         try:
             yield
         finally:
@@ -227,7 +232,8 @@ def _store(
     begin = time.perf_counter()
     target = unit.target
     try:
-        step = _step(unit, sink, steps)
+        arguments, options = _kind(unit, sink)
+        step = steps.get(*arguments, **options)
         compiled = time.perf_counter()
         out, start = sink.begin(unit)
         array, stats = step.call(out, parts, np.int32(start))
@@ -258,19 +264,16 @@ def _place(unit: Unit, part: Part, expert: int) -> int:
     return int(np.ravel_multi_index(of_axis, part.outer))
 
 
-def _step(unit: Unit, sink: Sink, steps: StepCache) -> Compiled:
-    """The function that stores a unit, compiled if no unit like it came before."""
+def _kind(unit: Unit, sink: Sink) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the step of a unit depends on, as `StepCache` wants it."""
     target = unit.target
     layouts = tuple(_layout(target, part) for part in target.parts)
     stored = sink.stored(unit)
-    return steps.get(
-        stored,
-        layouts,
-        unit.parts,
-        source=target.source_format,
-        is_stacked=target.is_stacked and stored is target.stored,
-        is_turned=target.is_turned,
-    )
+    return (stored, layouts, unit.parts), {
+        "source": target.source_format,
+        "is_stacked": target.is_stacked and stored is target.stored,
+        "is_turned": target.is_turned,
+    }
 
 
 def _layout(target: Target, part: Part) -> PartLayout:
