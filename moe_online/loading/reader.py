@@ -23,7 +23,7 @@ from pallas_kernels import Format, quantize
 
 THREADS = 16
 PIECE = 16 * 2**20  # bytes that one thread reads at a time
-AHEAD = 3  # units on the host beside those that are prefetched: one goes to the device, one is read and decoded
+AHEAD = 4  # units on the host beside those that are prefetched: one goes to the device, two are read and decoded
 
 _Box = tuple[tuple[int, int], ...]
 _Key = tuple[str, _Box]  # a tensor and a region of it
@@ -120,15 +120,26 @@ class Reader:
         self._kept.clear()
 
     def read(self, unit: Unit) -> list[dict[jax.Device, Any]]:
-        """For each part what each device gets: numpy arrays, or those of a source on devices.
+        """What `begin` promises."""
+        return self.begin(unit)()
 
-        Raises:
-          CorruptCheckpoint: of all tensors of the unit that cannot be read.
+    def begin(self, unit: Unit) -> Callable[[], list[dict[jax.Device, Any]]]:
+        """Begins to read a unit; so the next one can be begun before this one is there.
+
+        Returns:
+          A function that waits, and returns for each part what each device gets: numpy arrays, or those of a source on
+          devices. Both raise CorruptCheckpoint for tensors of the unit that cannot be read, the function for all.
         """
         jobs: list[Future[None]] = []
         finish = [
             [self._begin(unit, part, region, jobs) for region in regions(unit, part)] for part in unit.target.parts
         ]
+        return lambda: self._finish(unit, jobs, finish)
+
+    @staticmethod
+    def _finish(
+        unit: Unit, jobs: Sequence[Future[None]], finish: Sequence[Sequence[Callable[[], dict[jax.Device, Any]]]]
+    ) -> list[dict[jax.Device, Any]]:
         errors = [error for job in jobs if (error := job.exception()) is not None]
         corrupt = [error for error in errors if isinstance(error, CorruptCheckpoint)]
         for error in errors:

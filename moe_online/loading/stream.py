@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -168,9 +169,20 @@ def _fetched(
     # What any other source gives may be on a device already, and would count there.
     ahead = plan.prefetch + 1 if isinstance(source, InPlaceSource) else 0
 
-    def read(unit: Unit) -> list[dict[jax.Device, Any]] | None:
+    begun: collections.deque[Callable[[], list[dict[jax.Device, Any]]]] = collections.deque()
+    to_begin = iter(plan.units)
+
+    def begin(unit: Unit) -> Callable[[], list[dict[jax.Device, Any]]]:
         try:
-            return reader.read(unit)
+            return reader.begin(unit)
+        except CorruptCheckpoint as error:
+            return functools.partial(_raise, error)
+
+    def read() -> list[dict[jax.Device, Any]] | None:
+        # While the last pieces of one unit are waited for, the first of the next are read.
+        begun.extend(map(begin, itertools.islice(to_begin, (2 if ahead else 1) - len(begun))))
+        try:
+            return begun.popleft()()
         except CorruptCheckpoint as error:
             failures.corrupt.append(error)
             return None
@@ -185,12 +197,12 @@ def _fetched(
 
     with ThreadPoolExecutor(1, "moe-online-reader") as readers, ThreadPoolExecutor(1, "moe-online-copier") as copiers:
         to_read, to_put = iter(plan.units), iter(plan.units)
-        on_host = collections.deque(readers.submit(read, u) for u in itertools.islice(to_read, ahead))
+        on_host = collections.deque(readers.submit(read) for _ in itertools.islice(to_read, ahead))
         on_device: collections.deque[tuple[Unit, Future[Any]]] = collections.deque()
 
         def put_next(count: int) -> None:
             for unit in itertools.islice(to_put, count):
-                on_host.extend(readers.submit(read, u) for u in itertools.islice(to_read, 1))
+                on_host.extend(readers.submit(read) for _ in itertools.islice(to_read, 1))
                 on_device.append((unit, copiers.submit(put, unit, on_host.popleft())))
 
         try:
@@ -208,6 +220,10 @@ def _fetched(
             for _, future in on_device:  # of a load that failed
                 if not future.cancelled() and future.exception() is None:
                     _delete(future.result() or [])
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def _put(by_device: Mapping[jax.Device, Any], aval: jax.ShapeDtypeStruct) -> jax.Array:
