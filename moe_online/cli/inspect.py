@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moe_online.loading import StoredTensor
     from pallas_kernels import Format
 
+EXPORT = "An export of save_quantized: moe_online.load takes it for the same model, with no mapping and no scheme."
 HINT = """\
 
 Experts have rank 3 or more. Nothing guesses their axes: mapping={...} of moe_online.load says them (E expert,
@@ -89,6 +90,7 @@ def _list(args: argparse.Namespace) -> None:
     """Prints every tensor of a checkpoint that does not say what model it belongs to."""
     from moe_online.config import OnlineQuantConfig
     from moe_online.loading import open_source
+    from moe_online.loading.exported import ExportSource
 
     spec = None if args.scheme is None else OnlineQuantConfig.parse(args.scheme).moe
     fmt = None if spec is None else spec.weight
@@ -96,8 +98,9 @@ def _list(args: argparse.Namespace) -> None:
     rows = [_row(tensor, fmt) for tensor in source.tensors.values()]
     console = output.stdout()
     console.print(_table(source.description, rows, args.scheme))
-    deep = [row for row in rows if len(row.shape) >= 3]
-    if deep:
+    if isinstance(source, ExportSource):
+        console.print(f"\n{EXPORT}", markup=False, soft_wrap=True)
+    elif any(len(row.shape) >= 3 for row in rows):
         console.print(HINT, markup=False, soft_wrap=True)
     output.write_json(
         args.json,

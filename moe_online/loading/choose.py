@@ -76,7 +76,7 @@ def choose_specs(
 
 
 def _named(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else listed(names, "leaf")
+    return names[0] if len(names) == 1 else listed(names, "tensor")
 
 
 def _choose(leaf: Leaf, parts: Sequence[Part], config: OnlineQuantConfig) -> Choice:
@@ -130,7 +130,7 @@ def of_stored(
         return QuantSpec(stored, activation), f"as stored: {stored}"
     wanted = spec.weight if spec is not None else f"real numbers, for it is no {' or '.join(KINDS.values())}"
     raise ConfigError(
-        f"{leaf.name} is a pre-quantized layer: the checkpoint has it as {stored}, and {wanted} was asked for "
+        f"{leaf.name}: pre-quantized, the checkpoint has it as {stored}, and {wanted} was asked for "
         f"({rule}). Ask for {stored}, or give requantize=True (on the command line --requantize), which turns its "
         "codes into others at a loss"
     )

@@ -36,13 +36,14 @@ def human_bytes(size: float) -> str:
 
 def progress_bar(visible: bool) -> Progress:
     """Bytes done, rate and time left, on stderr."""
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not visible,
+        console=console,
+        disable=not (visible and (console.is_terminal or console.is_jupyter)),  # elsewhere an empty line would stay
         transient=True,
     )

@@ -3,14 +3,16 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from moe_online import models
+from moe_online import models, save_quantized
 from moe_online.assets import PYTHON_MOE_7M
 from moe_online.cli import main
 from moe_online.loading.orbax import OrbaxSource
+from pallas_kernels import quantize
 
 
 @pytest.fixture
@@ -88,3 +90,13 @@ def test_stored_chunks_are_shown(capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
     assert len(rows) == 13
     assert all(row.rstrip("│ ").endswith("whole") for row in rows)
+
+
+def test_an_export_needs_nothing_said(tmp_path, capsys):
+    params = {"w": quantize(jnp.ones((2, 128, 128)), "fp8_per_block")}
+    save_quantized(params, tmp_path / "export", progress=False)
+    assert main(["inspect", str(tmp_path / "export")]) == 0
+    out = capsys.readouterr().out
+    assert "w.values" in out
+    assert "An export of save_quantized" in out
+    assert "mapping={" not in out

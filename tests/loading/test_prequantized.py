@@ -427,7 +427,7 @@ def test_plain_kernels_cannot_hold_codes():
     abstract = {"w": {"kernel": jax.ShapeDtypeStruct((K, N), BF16)}}
     rules = {name: f"{rule.replace('kernel', 'w.kernel')} as K N" for name, rule in DENSE.items()}
     for function in (moe_online.plan, quiet_load):
-        with pytest.raises(ConfigError, match=r"w\.kernel is a pre-quantized layer.*requantize=True"):
+        with pytest.raises(ConfigError, match=r"w\.kernel: pre-quantized, .*requantize=True"):
             function(abstract, dense(), mapping=rules)
     params, report = quiet_load(abstract, dense(), mapping=rules, requantize=True)
     real = dequantize_numpy(kernel(), FP8).astype(np.float32)
