@@ -37,6 +37,7 @@ from moe_online.loading.manifest import (
     raw,
 )
 from moe_online.loading.messages import progress_bar
+from moe_online.loading.source import shard_pieces
 from moe_online.loading.tree import SHARED, join, path_name
 from pallas_kernels import Format, QuantizedArray, get_format
 
@@ -324,29 +325,14 @@ def _piece(array: Any, region: Region) -> np.ndarray:
         return array[region]
     shape = tuple(part.stop - part.start for part in region)
     out = None
-    seen = set()
-    for shard in array.addressable_shards:
-        held = [part.indices(size)[:2] for part, size in zip(shard.index, array.shape, strict=True)]
-        common = [(max(low, part.start), min(high, part.stop)) for (low, high), part in zip(held, region, strict=True)]
-        if tuple(held) in seen or any(low >= high for low, high in common):
-            continue
-        seen.add(tuple(held))
-        starts = np.array([low - start for (low, _), (start, _) in zip(common, held, strict=True)], np.int32)
-        # Of an own copy: jax keeps on the host what it was once asked for, as long as the array lives.
-        part = np.asarray(_cut(shard.data, starts, tuple(high - low for low, high in common)))
+    for piece, starts in shard_pieces(array, region):
+        part = np.asarray(piece)
         if part.shape == shape:
             return part
         out = np.empty(shape, array.dtype) if out is None else out
-        out[tuple(slice(low - p.start, high - p.start) for (low, high), p in zip(common, region, strict=True))] = part
+        out[tuple(slice(start, start + size) for start, size in zip(starts, part.shape, strict=True))] = part
     assert out is not None  # the shards cover the array
     return out
-
-
-def _cut_part(array: jax.Array, starts: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
-    return jax.lax.dynamic_slice(array, list(starts), sizes) if sizes else jnp.copy(array)
-
-
-_cut = jax.jit(_cut_part, static_argnames="sizes")
 
 
 def _zarray(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: np.dtype[Any]) -> dict[str, Any]:

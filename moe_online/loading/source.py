@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -107,25 +107,31 @@ class MemorySource:
 def _gathered(array: jax.Array, index: Index) -> jax.Array:
     """A copy of a part of a sharded array, on one device; no more than that part crosses between devices."""
     sizes = tuple(s.stop - s.start for s in index)
-    whole, seen = None, set()
-    for shard in array.addressable_shards:
-        held = tuple(slice(*s.indices(size)[:2]) for s, size in zip(shard.index, array.shape, strict=True))
-        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(held, index, strict=True)]
-        key = tuple((s.start, s.stop) for s in common)
-        if key in seen or any(start >= stop for start, stop in key):
-            continue
-        seen.add(key)
-        inner = tuple(slice(c.start - h.start, c.stop - h.start) for c, h in zip(common, held, strict=True))
-        piece = _copied(shard.data, inner)
+    whole = None
+    for piece, starts in shard_pieces(array, index):
         if piece.shape == sizes:
             return piece
         if whole is None:
             whole = jnp.zeros(sizes, array.dtype, device=piece.sharding)
-        starts = np.asarray([c.start - i.start for c, i in zip(common, index, strict=True)], np.int32)
-        whole = _pasted(whole, jax.device_put(piece, whole.sharding), starts)
-    if whole is None:
-        whole = jnp.zeros(sizes, array.dtype)  # of an empty region
-    return whole
+        whole = _pasted(whole, jax.device_put(piece, whole.sharding), np.asarray(starts, np.int32))
+    return jnp.zeros(sizes, array.dtype) if whole is None else whole  # of an empty region there is no piece
+
+
+def shard_pieces(array: jax.Array, index: Index) -> Iterator[tuple[jax.Array, tuple[int, ...]]]:
+    """Copies of what the shards have of a region, each on its own device, and where it begins in the region.
+
+    Every element comes once. They are copies for jax keeps on the host what it was once asked for there, as long as the
+    array lives.
+    """
+    seen = set()
+    for shard in array.addressable_shards:
+        held = [s.indices(size)[:2] for s, size in zip(shard.index, array.shape, strict=True)]
+        common = tuple((max(low, s.start), min(high, s.stop)) for (low, high), s in zip(held, index, strict=True))
+        if common in seen or any(low >= high for low, high in common):
+            continue
+        seen.add(common)
+        inner = tuple(slice(low - start, high - start) for (low, high), (start, _) in zip(common, held, strict=True))
+        yield _copied(shard.data, inner), tuple(low - s.start for (low, _), s in zip(common, index, strict=True))
 
 
 def _copied(array: jax.Array, index: Index) -> jax.Array:
