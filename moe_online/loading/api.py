@@ -24,7 +24,7 @@ from moe_online.loading.report import LoadReport
 from moe_online.loading.rules import LAYER
 from moe_online.loading.safetensors import SafetensorsSource, is_safetensors
 from moe_online.loading.sinks import OnDevices
-from moe_online.loading.source import CheckpointSource, MemorySource, prefixed
+from moe_online.loading.source import CheckpointSource, MemorySource, OnDeviceSource, prefixed
 from moe_online.loading.tree import FIELD_AXES, KERNEL, SHARED_AXES, AbstractTree, Leaf, flatten
 from moe_online.loading.units import Target
 from moe_online.schemes import QuantSpec
@@ -201,19 +201,30 @@ def _prepare(
     formats: Mapping[str, Format] = getattr(opened, "stored_formats", {})
     assigned = assign(tree.leaves, opened.tensors, mapping or {}, unexpected, opened.description, formats)
     specs = choose_specs(assigned, config, requantize=requantize, activations=getattr(opened, "activations", None))
-    targets = [make_target(each, mesh, *specs[each.leaf.name]) for each in padded(assigned, specs, mesh)]
+    may_stay = isinstance(opened, OnDeviceSource)
+    targets = [
+        make_target(each, mesh, *specs[each.leaf.name], may_stay=may_stay) for each in padded(assigned, specs, mesh)
+    ]
     made = make_plan(opened.description, targets, unit_bytes=unit_bytes, memory_limit=memory_limit, prefetch=prefetch)
     return tree, opened, made
 
 
-def make_target(assigned: Assigned, mesh: Mesh | None, spec: QuantSpec | None, rule: str) -> Target:
+def make_target(assigned: Assigned, mesh: Mesh | None, spec: QuantSpec | None, rule: str, *, may_stay: bool) -> Target:
     """A leaf and its scheme; the kernel of a dense layer is transposed where it is quantized."""
     leaf, parts, source_format = assigned
     if spec is not None and leaf.field == KERNEL:
         parts = tuple(part if part.child else dataclasses.replace(part, axes=part.axes or leaf.axes) for part in parts)
         leaf = leaf.transposed()
     sharding = _sharding(leaf, mesh)
-    return Target(leaf=leaf, parts=parts, sharding=sharding, spec=spec, rule=rule, source_format=source_format)
+    return Target(
+        leaf=leaf,
+        parts=parts,
+        sharding=sharding,
+        spec=spec,
+        rule=rule,
+        source_format=source_format,
+        may_stay=may_stay,
+    )
 
 
 def check_limits(*, unit_bytes: int, prefetch: int, memory_limit: int | None = None) -> None:

@@ -111,12 +111,11 @@ class Export:
         Raises:
           CheckpointError: it cannot be written.
         """
-        with write_errors(destination), progress_bar(progress) as bar:
+        with write_errors(destination), progress_bar(progress, "writing", self.nbytes) as advance:
             check_space(folder, self.nbytes, destination)
-            task = bar.add_task("writing", total=self.nbytes)
             item = folder / ITEM
             item.mkdir()
-            stored = _write_arrays(item, self, lambda size: bar.update(task, advance=size))
+            stored = _write_arrays(item, self, advance)
             manifest = Manifest(leaves=self.leaves, arrays=stored)
             write_file(item / FILE, _json(manifest.to_json()))
             write_file(item / ITEM_METADATA, _json(_item_metadata(self.arrays)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -34,16 +35,14 @@ def human_bytes(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def progress_bar(visible: bool) -> Progress:
-    """Bytes done, rate and time left, on stderr."""
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (visible and (console.is_terminal or console.is_jupyter)),  # elsewhere an empty line would stay
-        transient=True,
-    )
+@contextlib.contextmanager
+def progress_bar(visible: bool, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Bytes done of a total, rate and time left, on stderr; yields a function to be told of each that is done."""
+    console = Console(stderr=True) if visible else None
+    if console is None or not (console.is_terminal or console.is_jupyter):  # elsewhere an empty line would stay
+        yield lambda size: None
+        return
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda size: bar.advance(task, size)

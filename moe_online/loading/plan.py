@@ -21,7 +21,7 @@ from moe_online.loading.messages import human_bytes, listed, rendered
 from moe_online.loading.quantizer import temporary_bytes
 from moe_online.loading.reader import Shared, host_peak
 from moe_online.loading.rules import HALF, LAYER
-from moe_online.loading.units import ALLOCATION, Target, Unit, allocated_bytes, cut_units, stored_bytes
+from moe_online.loading.units import ALLOCATION, Target, Unit, allocated_bytes, cut_units
 
 WIDE = 100  # columns of a terminal from which on tables show everything
 
@@ -64,7 +64,7 @@ class LoadPlan:
             table.add_column(column)
         for name, group in group_by_pattern(self.targets):
             first = group[0]
-            read, stored = sum(t.source_bytes(t.local_rows) for t in group), sum(stored_bytes(t) for t in group)
+            read, stored = sum(t.source_bytes(t.local_rows) for t in group), sum(t.stored_bytes for t in group)
             shape = "x".join(map(str, first.shape)) or "scalar"
             more = (shape, first.rule) if wide else ()
             table.add_row(name, human_bytes(read), human_bytes(stored), first.scheme, *more)
@@ -95,7 +95,7 @@ class LoadPlan:
                 "scheme": target.scheme,
                 "rule": target.rule,
                 "source_bytes": target.source_bytes(target.local_rows),
-                "stored_bytes": stored_bytes(target),
+                "stored_bytes": target.stored_bytes,
             }
             for target in self.targets
         ]
@@ -131,7 +131,7 @@ def make_plan(
         targets=tuple(targets),
         units=units,
         read_bytes=sum(target.source_bytes(target.local_rows) for target in targets),
-        resident_bytes=sum(stored_bytes(target) for target in targets),
+        resident_bytes=sum(target.stored_bytes for target in targets),
         largest_unit_bytes=max((unit.device_bytes for unit in units), default=0),
         peak_bytes=_peak(units, prefetch),
         host_peak_bytes=host_peak(units, prefetch),
@@ -160,7 +160,7 @@ def _fitting(source: str, targets: Sequence[Target], unit_bytes: int, memory_lim
             break
         unit_bytes = max(1, min(unit_bytes, largest) // 2) if largest < unit_bytes * 2 else 1
     alone = _peak(units, 0)
-    resident = sum(stored_bytes(target) for target in targets)
+    resident = sum(target.stored_bytes for target in targets)
     remedy = "quantize more, or give more devices"
     if alone <= memory_limit:
         remedy = f"prefetch=0 would fit with {human_bytes(alone)}; or quantize more, or give more devices"

@@ -20,6 +20,7 @@ from jaxtyping import Array
 
 from pallas_kernels import Format, QuantizedArray, quantize
 from pallas_kernels.bits import take, update
+from pallas_kernels.devices import target_device
 from pallas_kernels.quantize import kernel_for, matrix_amax, quantize_into
 
 CHUNK_ELEMENTS = 2**21  # worked on at once: 8 MiB in f32
@@ -249,11 +250,17 @@ class _Half:
 def copy_step(stored: jax.ShapeDtypeStruct, layouts: Sequence[PartLayout]) -> Callable[..., tuple[Array, Stats]]:
     """The step `(out, parts, start) -> (out, stats)` of a leaf that is stored as it is declared."""
     per_chunk, n_per_chunk = chunk_rows(stored.shape, None)
+    # XLA:CPU would take a copy of the leaf, and copies small floats as such slowly (`bits.update`).
+    in_place = target_device().platform != "cpu"
 
     def copy_part(out: Array, part: Array, layout: PartLayout, start: Array) -> tuple[Array, Array]:
         lead = () if layout.half is None else (layout.half,)
         size, *rest = (part.shape[axis] for axis in layout.permutation)
         *inner, n = rest[:-1] or (1,)
+        if in_place and layout.is_natural and part.dtype == out.dtype:
+            starts = [jnp.asarray(x, jnp.int32) for x in (start, *lead, *(0 for _ in rest))]
+            written = lax.dynamic_update_slice(out, part[:, None] if lead else part, starts)
+            return written, _is_finite(part, axes=range(1, part.ndim))
 
         def chunk(first: Array, rows: int, row: Array, n_rows: int, carry: Any) -> Any:
             out, finite = carry

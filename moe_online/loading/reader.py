@@ -291,6 +291,8 @@ class Shared:
 
 def _parted(unit: Unit) -> Iterator[Read]:
     """The reads of a unit that need only a part of what has to be read."""
+    if unit.target.is_on_devices:
+        return
     for part in unit.target.parts:
         for region in regions(unit, part):
             yield from (read for read in region.reads if not _is_alone(read))

@@ -29,6 +29,7 @@ from moe_online.loading.mapping import Assigned, assign
 from moe_online.loading.messages import listed
 from moe_online.loading.plan import LoadPlan, make_plan, staged_peak
 from moe_online.loading.sinks import OnDevices, OnHost
+from moe_online.loading.source import OnDeviceSource, StoredTensor
 from moe_online.loading.steps import StepCache
 from moe_online.loading.tree import (
     FIELD_AXES,
@@ -100,18 +101,68 @@ def reload(
     check_limits(unit_bytes=unit_bytes, prefetch=prefetch)
     loaded, opened = _Loaded.of(params), open_source(source, prefix=prefix)
     chosen = _chosen(loaded.leaves, names)
-    formats: Mapping[str, Format] = getattr(opened, "stored_formats", {})
     surplus = unexpected if names is None else "ignore"
-    assigned = assign(chosen, opened.tensors, mapping or {}, surplus, opened.description, formats)
-    targets = [make_target(each, None, *_choice(each, loaded, requantize)) for each in assigned]
-    plan = make_plan(opened.description, targets, unit_bytes=unit_bytes, memory_limit=None, prefetch=prefetch)
-    sink: OnDevices | OnHost = OnDevices()
-    if staging == "host":
-        sink, plan = OnHost(), staged_on_host(plan)
+    plan = _planned(
+        _Wish(
+            held=tuple((leaf, loaded.held(leaf)) for leaf in chosen),
+            description=opened.description,
+            tensors=tuple(opened.tensors.values()),
+            formats=tuple(getattr(opened, "stored_formats", {}).items()),
+            mapping=tuple((mapping or {}).items()),
+            unexpected=surplus if isinstance(surplus, str) else tuple(surplus),
+            staging=staging,
+            # What waits on the host is quantized in units: a whole leaf would take as much again on the devices.
+            may_stay=staging == "device" and isinstance(opened, OnDeviceSource),
+            requantize=requantize,
+            unit_bytes=unit_bytes,
+            prefetch=prefetch,
+        )
+    )
+    sink = OnHost() if staging == "host" else OnDevices()
     report = stream.run(plan, opened, sink, progress=progress, steps=_STEPS, collect=False)
     commit = functools.partial(_copied_into, unit_bytes=unit_bytes) if staging == "host" else _placed_like
     fresh = {name: jax.tree.map(commit, loaded.arrays[name], sink.arrays.pop(name)) for name in list(sink.arrays)}
     return LoadResult(loaded.rebuild({**loaded.arrays, **fresh}), report)
+
+
+_Held = QuantSpec | np.dtype[Any]  # what a loaded leaf is, and goes on being
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Wish:
+    """All that a plan depends on."""
+
+    held: tuple[tuple[Leaf, _Held], ...]  # the leaves that are to be reloaded
+    description: str
+    tensors: tuple[StoredTensor, ...]  # of the source
+    formats: tuple[tuple[str, Format], ...]  # in which it has some
+    mapping: tuple[tuple[str, str], ...]
+    unexpected: str | tuple[str, ...]
+    staging: Staging
+    may_stay: bool
+    requantize: bool
+    unit_bytes: int
+    prefetch: int
+
+
+@functools.lru_cache(maxsize=4)
+def _planned(wish: _Wish) -> LoadPlan:
+    """The plan; a trainer wishes for the same again and again, and would wait for it longer than for some kernels."""
+    held = {leaf.name: kind for leaf, kind in wish.held}
+    assigned = assign(
+        [leaf for leaf, _ in wish.held],
+        {tensor.name: tensor for tensor in wish.tensors},
+        dict(wish.mapping),
+        wish.unexpected,
+        wish.description,
+        dict(wish.formats),
+    )
+    targets = [
+        make_target(each, None, *_choice(each, held[each.leaf.name], wish.requantize), may_stay=wish.may_stay)
+        for each in assigned
+    ]
+    plan = make_plan(wish.description, targets, unit_bytes=wish.unit_bytes, memory_limit=None, prefetch=wish.prefetch)
+    return staged_on_host(plan) if wish.staging == "host" else plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +194,14 @@ class _Loaded:
             declared = nnx.merge(nnx.graphdef(params), declared)
         leaves = [_as_kernel(leaf) if leaf.name in found.kernels else leaf for leaf in flatten(declared).leaves]
         return cls(params, nodes, treedef, leaves, found.arrays, found.activations)
+
+    def held(self, leaf: Leaf) -> _Held:
+        """The scheme that a leaf has, or the dtype where it is not quantized."""
+        array = self.arrays[leaf.name]
+        if isinstance(array, QuantizedArray):
+            return QuantSpec(array.format, self.activations.get(leaf.layer or ""))
+        dtype: np.dtype[Any] = np.dtype(array.dtype)
+        return dtype
 
     def rebuild(self, arrays: Mapping[str, Any]) -> Any:
         """The same with these arrays; of a module itself, so that whoever holds it has them."""
@@ -256,19 +315,16 @@ def _names(leaf: Leaf) -> set[str]:
     return {name for name in (leaf.name, leaf.layer, *leaf.names) if name}
 
 
-def _choice(assigned: Assigned, loaded: _Loaded, requantize: bool) -> Choice:
+def _choice(assigned: Assigned, held: _Held, requantize: bool) -> Choice:
     """The scheme that a leaf has, and goes on having."""
     leaf, parts, stored = assigned
-    array = loaded.arrays[leaf.name]
-    spec = None
-    if isinstance(array, QuantizedArray):
-        spec = QuantSpec(array.format, loaded.activations.get(leaf.layer or ""))
+    spec = held if isinstance(held, QuantSpec) else None
     if stored is None:
         return spec, "as loaded"
     if spec is None:
         if not requantize:
             raise ConfigError(
-                f"{leaf.name} is loaded as {array.dtype} and stored as {stored}: give requantize=True to decode it"
+                f"{leaf.name} is loaded as {held} and stored as {stored}: give requantize=True to decode it"
             )
         return None, f"as loaded, requantized from {stored}"
     return of_stored(leaf, parts, (spec, "as loaded"), stored, requantize=requantize)

@@ -70,7 +70,7 @@ class OnHost:
         return unit.stored
 
     def begin(self, unit: Unit) -> tuple[Any, int]:
-        """Zeros for the unit's rows."""
+        """Memory for the unit's rows."""
         target = unit.target
         if target.name not in self.arrays:
             self.arrays[target.name] = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), target.stored)

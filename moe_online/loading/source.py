@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from moe_online.errors import ConfigError
 from moe_online.loading.tree import path_name
@@ -25,6 +26,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunk: tuple[int, ...]  # the smallest part that can be read alone
+    sharding: Sharding | None = None  # of one that lies on devices, which an `OnDeviceSource` has
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +73,15 @@ class InPlaceSource(Protocol):
         ...
 
 
+@runtime_checkable
+class OnDeviceSource(Protocol):
+    """A `CheckpointSource` of which some tensors lie on devices: those whose `StoredTensor` has a sharding."""
+
+    def array(self, name: str) -> jax.Array:
+        """Such a tensor itself, which is to be left as it is."""
+        ...
+
+
 class MemorySource:
     """A pytree of numpy or `jax.Array`s, such as a trainer's live weights; they are copied part by part."""
 
@@ -90,9 +101,21 @@ class MemorySource:
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every leaf by its path."""
         return {
-            name: StoredTensor(name=name, shape=array.shape, dtype=np.dtype(array.dtype), chunk=(1,) * array.ndim)
+            name: StoredTensor(
+                name=name,
+                shape=array.shape,
+                dtype=np.dtype(array.dtype),
+                chunk=(1,) * array.ndim,
+                sharding=array.sharding if isinstance(array, jax.Array) else None,
+            )
             for name, array in self._arrays.items()
         }
+
+    def array(self, name: str) -> jax.Array:
+        """One that is on devices, no copy of it."""
+        found = self._arrays[name]
+        assert isinstance(found, jax.Array)
+        return found
 
     def read(self, name: str, index: Index) -> np.ndarray | jax.Array:
         """A copy of a part: deleting it, or changing the original, leaves the other alone."""
@@ -176,8 +199,9 @@ class Prefixed:
     def tensors(self) -> Mapping[str, StoredTensor]:
         """Every tensor by what follows the prefix."""
         inner, size = self._source.tensors, len(self._prefix)
+        may_stay = isinstance(self._source, OnDeviceSource)
         return {
-            name[size:]: dataclasses.replace(tensor, name=name[size:])
+            name[size:]: dataclasses.replace(tensor, name=name[size:], sharding=tensor.sharding if may_stay else None)
             for name, tensor in inner.items()
             if name.startswith(self._prefix)
         }
@@ -185,6 +209,11 @@ class Prefixed:
     def read(self, name: str, index: Index) -> np.ndarray | jax.Array:
         """A part of a tensor."""
         return self._source.read(self._prefix + name, index)
+
+    def array(self, name: str) -> jax.Array:
+        """A tensor that is on devices."""
+        found: jax.Array = self._source.array(self._prefix + name)  # type: ignore[attr-defined]
+        return found
 
 
 class PrefixedInPlace(Prefixed):

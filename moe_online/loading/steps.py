@@ -274,16 +274,16 @@ def _local(stored: Any, is_stacked: bool) -> Any:
 
 
 def allocate(stored: Any) -> Any:
-    """Zeros for a leaf, or for some rows of it."""
+    """Memory for a leaf, or for some rows of it; what is in it is unknown."""
     leaves, structure = jax.tree.flatten(stored)
-    return jax.tree.unflatten(structure, _zeros(tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))())
+    return jax.tree.unflatten(structure, _empty(tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))())
 
 
 @functools.cache
-def _zeros(kinds: tuple[tuple[tuple[int, ...], Any, Sharding], ...]) -> Callable[[], list[Array]]:
-    """One program for all children: `jnp.zeros` takes a millisecond for each, and a model has many leaves."""
+def _empty(kinds: tuple[tuple[tuple[int, ...], Any, Sharding], ...]) -> Callable[[], list[Array]]:
+    """One program for all children: each of its own takes a millisecond, and a model has many leaves."""
     make: Callable[[], list[Array]] = jax.jit(
-        lambda: [jnp.zeros(shape, dtype) for shape, dtype, _ in kinds],
+        lambda: [lax.empty(shape, dtype) for shape, dtype, _ in kinds],
         out_shardings=[sharding for _, _, sharding in kinds],
     )
     return make

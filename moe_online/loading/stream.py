@@ -31,10 +31,11 @@ from moe_online.loading.rules import EXPERT, LAYER
 from moe_online.loading.sinks import Sink
 from moe_online.loading.source import CheckpointSource, InPlaceSource
 from moe_online.loading.steps import StepCache
-from moe_online.loading.units import Target, Unit, stored_bytes
+from moe_online.loading.units import Target, Unit
 
 logger = logging.getLogger("moe_online")
 
+COMPILERS = 2  # threads: a model of experts has two steps that take long, of w13 and of w2
 LEAST_SQUARE = 2.0**-100  # in the mean: then f32 also holds the square of an error that is 2**13 times smaller
 
 
@@ -105,13 +106,18 @@ def run(
     known = len(steps)
     leaves = {target.name: _Progressing() for target in plan.targets}
     try:
-        with progress_bar(progress) as bar, _compiling(plan, sink, steps):
-            task = bar.add_task("loading", total=plan.read_bytes)
-            with contextlib.closing(_fetched(plan, source, meter, failures)) as fetched:
-                for unit, parts in fetched:
-                    if parts is not None:
-                        _store(unit, parts, leaves[unit.target.name], sink, steps, meter, failures)
-                    bar.update(task, advance=unit.nbytes)
+        later: list[Callable[[], None]] = []
+        all_there = all(unit.target.is_on_devices for unit in plan.units)
+        compiling = contextlib.nullcontext() if all_there and known else _compiling(plan, sink, steps)
+        fetching = _on_devices(plan, source) if all_there else _fetched(plan, source, meter, failures)
+        showing = progress_bar(progress, "loading", plan.read_bytes)
+        with showing as advance, compiling, contextlib.closing(fetching) as fetched:
+            for unit, parts in fetched:
+                if parts is not None:
+                    later += _store(unit, parts, leaves[unit.target.name], sink, steps, meter, failures)
+                advance(unit.nbytes)
+            for note in later:
+                note()
         failures.raise_if_any(plan.source)
     except BaseException:
         sink.drop()
@@ -148,7 +154,7 @@ def _compiling(plan: LoadPlan, sink: Sink, steps: StepCache) -> Iterator[None]:
 
     # One traces and lowers, which Python does, the other compiles, which XLA does.
     with (
-        ThreadPoolExecutor(1, "moe-online-compiler") as compilers,
+        ThreadPoolExecutor(COMPILERS, "moe-online-compiler") as compilers,
         ThreadPoolExecutor(1, "moe-online-tracer") as tracer,
     ):
         tracer.submit(compile_all)
@@ -156,6 +162,21 @@ def _compiling(plan: LoadPlan, sink: Sink, steps: StepCache) -> Iterator[None]:
             yield
         finally:
             done.set()
+
+
+def _on_devices(plan: LoadPlan, source: Any) -> Generator[tuple[Unit, list[jax.Array] | None], None, None]:
+    """Yields the units in order where all of them lie on the devices already."""
+    for unit in plan.units:
+        yield unit, _arrays(unit, source)
+
+
+def _arrays(unit: Unit, source: Any) -> list[jax.Array]:
+    """The parts of a unit as they lie on the devices; on the same mesh by another name it is no copy."""
+    arrays = [source.array(name) for part in unit.target.parts for name in part.names]
+    return [
+        array if array.sharding == aval.sharding else jax.device_put(array, aval.sharding)
+        for array, aval in zip(arrays, unit.parts, strict=True)
+    ]
 
 
 def _fetched(
@@ -173,6 +194,8 @@ def _fetched(
     to_begin = iter(plan.units)
 
     def begin(unit: Unit) -> Callable[[], list[dict[jax.Device, Any]]]:
+        if unit.target.is_on_devices:
+            return list  # there is nothing to be read
         try:
             return reader.begin(unit)
         except CorruptCheckpoint as error:
@@ -193,6 +216,8 @@ def _fetched(
         arrays = waiting.result()
         if arrays is None:
             return None
+        if unit.target.is_on_devices:
+            return _arrays(unit, source)
         return [_put(of_part, aval) for of_part, aval in zip(arrays, unit.parts, strict=True)]
 
     with ThreadPoolExecutor(1, "moe-online-reader") as readers, ThreadPoolExecutor(1, "moe-online-copier") as copiers:
@@ -217,8 +242,8 @@ def _fetched(
             reader.close()
             for pool in (readers, copiers):
                 pool.shutdown(cancel_futures=True)
-            for _, future in on_device:  # of a load that failed
-                if not future.cancelled() and future.exception() is None:
+            for unit, future in on_device:  # of a load that failed
+                if not unit.target.is_on_devices and not future.cancelled() and future.exception() is None:
                     _delete(future.result() or [])
 
 
@@ -243,21 +268,43 @@ def _store(
     steps: StepCache,
     meter: PeakMeter,
     failures: _Failures,
-) -> None:
-    """Writes one unit to its place and frees its source."""
+) -> Iterator[Callable[[], None]]:
+    """Writes one unit to its place and frees its source.
+
+    One that lies on an accelerator is only begun, for nothing is to be freed: what is yielded then waits for it.
+    """
     begin = time.perf_counter()
     target = unit.target
+    # A CPU would run several at once, each with its own temporaries.
+    is_begun_only = target.is_on_devices and next(iter(parts[0].devices())).platform != "cpu"
     try:
         arguments, options = _kind(unit, sink)
         step = steps.get(*arguments, **options)
         compiled = time.perf_counter()
+        leaf.compile_seconds += compiled - begin
         out, start = sink.begin(unit)
         array, stats = step.call(out, parts, np.int32(start))
-        jax.block_until_ready((array, stats))
+        if not is_begun_only:
+            jax.block_until_ready((array, stats))
         meter.sample(step.temporary_bytes * len(target.sharding.device_set))
         sink.finish(unit, array)
     finally:
-        _delete(parts)
+        if not target.is_on_devices:
+            _delete(parts)
+    leaf.seconds += time.perf_counter() - compiled
+    note = functools.partial(_note, unit, stats, leaf, failures)
+    if is_begun_only:
+        for found in jax.tree.leaves(stats):
+            found.copy_to_host_async()
+        yield note
+    else:
+        note()
+
+
+def _note(unit: Unit, stats: Any, leaf: _Progressing, failures: _Failures) -> None:
+    """Waits for a unit, and notes what was found out about it."""
+    begin = time.perf_counter()
+    target = unit.target
     stats = jax.device_get(stats)
     for source, finite in zip(target.parts, stats.finite, strict=True):
         if not finite.all():
@@ -266,8 +313,7 @@ def _store(
             failures.not_finite.setdefault(source.name_at(_place(unit, source, first or 0)), first)
     leaf.error.append(stats.error)
     leaf.norm.append(stats.norm)
-    leaf.compile_seconds += compiled - begin
-    leaf.seconds += time.perf_counter() - compiled
+    leaf.seconds += time.perf_counter() - begin
 
 
 def _place(unit: Unit, part: Part, expert: int) -> int:
@@ -307,10 +353,10 @@ def _delete(arrays: Any) -> None:
 def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
     error, norm = np.concatenate(leaf.error), np.concatenate(leaf.norm)
     quantized, size = target.format is not None and not target.is_taken_over, math.prod(target.shape)
+    sums = error.sum(dtype=np.float64, keepdims=True), norm.sum(dtype=np.float64, keepdims=True)
     worst = None
     if quantized and not target.is_matrix:
-        each = (_relative_l2(*sums, size // max(len(error), 1)) for sums in zip(error, norm, strict=True))
-        worst = max((found for found in each if found is not None), default=None)
+        worst = max(_relative_l2(error, norm, size // max(len(error), 1)), default=None)
     return TensorReport(
         name=target.name,
         layer=target.leaf.layer,
@@ -320,17 +366,17 @@ def _tensor_report(target: Target, leaf: _Progressing) -> TensorReport:
         scheme=target.scheme,
         rule=target.rule,
         source_bytes=target.source_bytes(target.local_rows),
-        stored_bytes=stored_bytes(target),
+        stored_bytes=target.stored_bytes,
         is_quantized=target.format is not None,
         quantized=quantized,
-        error=_relative_l2(error.sum(dtype=np.float64), norm.sum(dtype=np.float64), size) if quantized else None,
+        error=next(iter(_relative_l2(*sums, size)), None) if quantized else None,
         worst_expert_error=worst,
         seconds=leaf.seconds,
     )
 
 
-def _relative_l2(error: float, norm: float, size: int) -> float | None:
-    """From sums of `size` squares; None where f32 lost them: of numbers too large, too small, or all zero."""
-    if not math.isfinite(error) or not math.isfinite(norm) or norm <= size * LEAST_SQUARE:
-        return None
-    return math.sqrt(error / norm)
+def _relative_l2(error: np.ndarray, norm: np.ndarray, size: int) -> list[float]:
+    """From sums of `size` squares each, without those that f32 lost: of numbers too large, too small, or all zero."""
+    kept = np.isfinite(error) & np.isfinite(norm) & (norm > size * LEAST_SQUARE)
+    found: list[float] = np.sqrt(error[kept].astype(np.float64) / norm[kept]).tolist()
+    return found

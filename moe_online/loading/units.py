@@ -37,6 +37,7 @@ class Target:
     spec: QuantSpec | None  # None: stored as it is declared
     rule: str  # what chose the spec
     source_format: Format | None = None  # where the source has codes and scales
+    may_stay: bool = False  # whether a source that lies on the devices may be worked on where it is
 
     @property
     def name(self) -> str:
@@ -77,6 +78,23 @@ class Target:
     def is_stacked(self) -> bool:
         """Whether it holds the experts of several layers: `[L, E, ...]`."""
         return (self.leaf.axes or "")[:2] == LAYER + EXPERT
+
+    @functools.cached_property
+    def is_on_devices(self) -> bool:
+        """Whether all of its source lies on the devices as it is needed there: nothing is copied, nothing freed."""
+        if not self.may_stay or self.is_padded or self.is_stacked or self.is_decoded:
+            return False
+        return all(map(_is_on_devices, self.parts, self.whole.parts))
+
+    @functools.cached_property
+    def whole(self) -> Unit:
+        """All of it as one unit."""
+        return Unit(target=self, start=0, stop=self.local_rows)
+
+    @functools.cached_property
+    def stored_bytes(self) -> int:
+        """Bytes of the finished leaf on all devices, replicas counted."""
+        return sum(map(bytes_on_devices, jax.tree.leaves(self.stored)))
 
     @property
     def scheme(self) -> str:
@@ -281,12 +299,14 @@ class Unit:
 
     @property
     def device_bytes(self) -> int:
-        """Bytes of its parts on all devices together."""
-        return sum(bytes_on_devices(part) for part in self.parts)
+        """Bytes of its parts on all devices together, where they do not lie there anyway."""
+        return 0 if self.target.is_on_devices else sum(bytes_on_devices(part) for part in self.parts)
 
     @property
     def host_bytes(self) -> int:
         """Bytes of its parts on the host: what devices here share is there once, and beside it what is padded."""
+        if self.target.is_on_devices:
+            return 0
         read = sum(_region_bytes(self, part) for part in self.target.parts)
         return read + self.device_bytes if self.target.is_padded else read
 
@@ -300,22 +320,29 @@ class Unit:
         return (np.arange(0, shards, max(each, 1))[:, None] + rows[None]).reshape(-1)
 
 
+def _is_on_devices(part: Part, needed: jax.ShapeDtypeStruct) -> bool:
+    """Whether a part is one array on the devices, all of it, that is exactly what they need."""
+    found, *others = part.fragments
+    tensor = found.tensor
+    if others or part.outer or tensor.sharding is None or (tensor.shape, tensor.dtype) != (needed.shape, needed.dtype):
+        return False
+    whole = tuple(slice(0, size) for size in tensor.shape)
+    read = found.read(whole)
+    is_same = (read.index, read.shape, read.cut) == (whole, tensor.shape, None)
+    return is_same and tensor.sharding.is_equivalent_to(needed.sharding, len(tensor.shape))
+
+
 def _region_bytes(unit: Unit, part: Part) -> int:
     distinct = {tuple((s.start, s.stop) for s in region) for region in unit.regions(part).values()}
     elements: int = sum(math.prod(b - a for a, b in region) for region in distinct)
     return elements * part.stored.dtype.itemsize
 
 
-def stored_bytes(target: Target) -> int:
-    """Bytes of the finished leaf on all devices, replicas counted."""
-    return sum(bytes_on_devices(leaf) for leaf in jax.tree.leaves(target.stored))
-
-
 def cut_units(target: Target, unit_bytes: int) -> Iterator[Unit]:
     """Cuts a leaf into units of at least one row, or one matrix; where they can they end where stored chunks do."""
     rows = target.local_rows
-    if rows == 0 or target.is_matrix:
-        yield Unit(target=target, start=0, stop=rows)
+    if rows == 0 or target.is_matrix or target.is_on_devices:
+        yield target.whole
         return
     chunk = math.lcm(*(_chunk_rows(target, part) for part in target.parts)) if target.shape else 1
     per_unit = max(1, unit_bytes // max(1, target.source_bytes(1)))
