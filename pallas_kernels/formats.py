@@ -256,7 +256,9 @@ class QuantizedArray:
         *lead, n, k = self.shape
         bn, bk = self.format.block
         scales = jnp.swapaxes(self.block_scales(), -1, -2)  # [..., N blocks, K blocks]
-        real = joined(in_blocks(self.unpacked().astype(jnp.float32), bk) * by_row(scales, n, bn), k)
+        values = self.unpacked()
+        values = codes.e4m3_values(values) if values.dtype == _E4M3 else values.astype(jnp.float32)
+        real = joined(in_blocks(values, bk) * by_row(scales, n, bn), k)
         if self.global_scale is not None:
             real = real * self.global_scale.reshape(*lead, -1, 1)
         return real.astype(dtype)

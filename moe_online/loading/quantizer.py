@@ -221,9 +221,11 @@ class _Half:
             scales = update(out.scales, q.scales, (*at, 0, row // (fmt.block[0] or n)))
             second = None if q.global_scale is None else update(out.global_scale, q.global_scale, at)
             error = error.at[expert].add(jnp.sum(jnp.square(q.dequantize(jnp.float32) - x)))
-            norm = norm.at[expert].add(jnp.sum(jnp.square(x)))
+            squares = jnp.sum(jnp.square(x))
             out = QuantizedArray(values=values, scales=scales, global_scale=second, format=fmt)
-            return (out, error, norm), finite.at[expert].min(_is_finite(x))
+            # Each element is looked at only where the sum, which is needed anyway, tells that it may be worth it.
+            is_finite = lax.cond(jnp.isfinite(squares), lambda: jnp.bool_(True), lambda: _is_finite(x))
+            return (out, error, norm.at[expert].add(squares)), finite.at[expert].min(is_finite)
 
         result: tuple[Any, Array] = self._for_chunks(chunk, (carry, jnp.ones(carry[1].shape, jnp.bool_)))
         return result

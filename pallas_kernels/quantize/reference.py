@@ -15,6 +15,7 @@ from pallas_kernels.quantize.quotient import Divisor, divide
 from pallas_kernels.quantize.scales import block_scales, encode_scale
 
 AxisNames = tuple[str, ...]
+LANES = 16  # elements of f32 in the widest vectors of CPUs
 
 
 def quantize(
@@ -58,7 +59,8 @@ def _stored(units: jax.Array, fmt: Format) -> jax.Array:
     units = jnp.clip(units, -fmt.code_max, fmt.code_max)  # XLA's cast to e4m3fn makes NaN of anything above 464
     if fmt.codes_per_element == 1:
         # half to even, as the float cast does
-        values = (jnp.round(units) if jnp.issubdtype(fmt.code, jnp.integer) else units).astype(fmt.code)
+        is_integer = jnp.issubdtype(fmt.code, jnp.integer)
+        values = jnp.round(units).astype(fmt.code) if is_integer else codes.e4m3_codes(units)
     elif jnp.issubdtype(fmt.code, jnp.integer):
         values = codes.pack(jnp.round(units).astype(jnp.int32))
     else:
@@ -100,4 +102,7 @@ def _largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     Taken of the bits, which order as the magnitudes do with NaN on top: XLA:CPU's maximum of floats drops NaN.
     """
     bits = lax.bitcast_convert_type(x, jnp.int32) & np.int32(0x7FFFFFFF)
+    *lead, size = x.shape
+    if axes == (-1,) and size % (8 * LANES) == 0:  # XLA:CPU vectorizes the maximum over any axis but the last
+        bits = jnp.max(bits.reshape(*lead, -1, 8, LANES), axis=-2, initial=0).reshape(*lead, size // 8)
     return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True, initial=0), jnp.float32)

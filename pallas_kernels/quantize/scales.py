@@ -87,4 +87,5 @@ def _two_level(amax: jax.Array, fmt: Format, encode: jax.Array) -> Scales:
     real = stored.astype(jnp.float32)
     is_zero = real == 0
     inverse = quotient(encode, jnp.where(is_zero, np.float32(1), real))
-    return Scales(stored, jnp.where(is_zero, np.float32(0), inverse))
+    # The barrier keeps the quotient from being computed anew for every element.
+    return Scales(stored, lax.optimization_barrier(jnp.where(is_zero, np.float32(0), inverse)))

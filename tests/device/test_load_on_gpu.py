@@ -15,7 +15,8 @@ from flax import nnx
 import gpu_peak
 from by_name import assert_same_parts, by_name
 from leaves import amax_of, check_loss, leaf, weights
-from moe_online import load
+from moe_online import load, reload
+from moe_online.errors import NonFiniteWeight
 from moe_online.evaluate import evaluate, log_probabilities
 from moe_online.experts import abstract_experts
 from moe_online.schemes import SHORTHANDS
@@ -96,6 +97,30 @@ def test_experts_that_lie_like_the_leaf_have_the_bits_of_the_cpu(scheme):
             assert_same_bits(found, expected)
         for found, expected in zip(here.report.tensors, there.report.tensors, strict=True):
             assert found.error == pytest.approx(expected.error, rel=1e-3)
+
+
+@pytest.mark.parametrize("scheme", sorted(SHORTHANDS))
+def test_arrays_on_the_gpu_are_quantized_where_they_are(scheme):
+    """In one piece, by a load and by a reload; the bits are those of the same weights from the host, in units."""
+    trees = [
+        {"moe": {"w13_weight": weights((4, 2, 256, 384), seed=i), "w2_weight": weights((4, 2, 384, 256), seed=i)[:, 0]}}
+        for i in range(3)
+    ]
+    abstract = {"moe": abstract_experts(4, 384, 256, jnp.bfloat16)}
+    first, second = (load(abstract, tree, quantization=scheme, unit_bytes=1, progress=False) for tree in trees[:2])
+    there = [jax.tree.map(jnp.asarray, tree) for tree in trees]
+    found = load(abstract, there[0], quantization=scheme, progress=False)
+    assert found.report.planned_peak_bytes < first.report.planned_peak_bytes
+    jax.tree.map(assert_same_bits, found.params, first.params)
+    assert [t.error for t in found.report.tensors] == pytest.approx([t.error for t in first.report.tensors], rel=1e-5)
+    fresh = reload(found.params, there[1], staging="device", progress=False).params
+    jax.tree.map(assert_same_bits, fresh, second.params)
+    jax.tree.map(assert_same_bits, found.params, first.params)  # the old ones stay
+    jax.tree.map(assert_same_bits, there, trees)
+    there[2]["moe"]["w2_weight"] = there[2]["moe"]["w2_weight"].at[2, 300, 7].set(jnp.nan)
+    with pytest.raises(NonFiniteWeight, match="first in expert 2"):
+        reload(fresh, there[2], staging="device", progress=False)
+    jax.tree.map(assert_same_bits, fresh, second.params)
 
 
 def test_model_runs_as_on_the_cpu():
