@@ -23,7 +23,8 @@ from pallas_kernels import Format, quantize
 
 THREADS = 16
 PIECE = 16 * 2**20  # bytes that one thread reads at a time
-AHEAD = 4  # units on the host beside those that are prefetched: one goes to the device, two are read and decoded
+WAITING = 3  # units on the host that are there already: while a step is compiled, reading goes on
+AHEAD = 3 + WAITING  # beside those that are prefetched: one goes to the device, two are read and decoded
 
 _Box = tuple[tuple[int, int], ...]
 _Key = tuple[str, _Box]  # a tensor and a region of it

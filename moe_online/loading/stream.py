@@ -25,7 +25,7 @@ from moe_online.loading.messages import listed, progress_bar
 from moe_online.loading.parts import Part
 from moe_online.loading.plan import LoadPlan
 from moe_online.loading.quantizer import PartLayout
-from moe_online.loading.reader import Reader
+from moe_online.loading.reader import WAITING, Reader
 from moe_online.loading.report import LoadReport, TensorReport
 from moe_online.loading.rules import EXPERT, LAYER
 from moe_online.loading.sinks import Sink
@@ -188,7 +188,7 @@ def _fetched(
     """
     reader = Reader(source, plan.units)
     # What any other source gives may be on a device already, and would count there.
-    ahead = plan.prefetch + 1 if isinstance(source, InPlaceSource) else 0
+    ahead = plan.prefetch + WAITING if isinstance(source, InPlaceSource) else 0
 
     begun: collections.deque[Callable[[], list[dict[jax.Device, Any]]]] = collections.deque()
     to_begin = iter(plan.units)

@@ -110,10 +110,10 @@ def test_no_chunk_of_scanned_layers_is_decoded_twice(tmp_path, chunk_bytes):
     if chunk_bytes is None:
         assert set(plan.coarse_tensors) == set(SCANNED)
         # gate and up are there together, one of them twice
-        assert 0 <= plan.host_peak_bytes - 3 * largest <= 5 * plan.largest_unit_bytes
+        assert 0 <= plan.host_peak_bytes - 3 * largest <= 7 * plan.largest_unit_bytes
     else:
         assert not plan.coarse_tensors
-        assert plan.host_peak_bytes == 5 * plan.largest_unit_bytes
+        assert plan.host_peak_bytes == 7 * plan.largest_unit_bytes
 
 
 def stacked(dtype=BF16):
