@@ -116,6 +116,7 @@ def run(
                 if parts is not None:
                     later += _store(unit, parts, leaves[unit.target.name], sink, steps, meter, failures)
                 advance(unit.nbytes)
+            meter.sample()  # of those that were only begun nothing is freed
             for note in later:
                 note()
         failures.raise_if_any(plan.source)
@@ -286,7 +287,7 @@ def _store(
         array, stats = step.call(out, parts, np.int32(start))
         if not is_begun_only:
             jax.block_until_ready((array, stats))
-        meter.sample(step.temporary_bytes * len(target.sharding.device_set))
+            meter.sample(step.temporary_bytes * len(target.sharding.device_set))
         sink.finish(unit, array)
     finally:
         if not target.is_on_devices:
@@ -294,8 +295,6 @@ def _store(
     leaf.seconds += time.perf_counter() - compiled
     note = functools.partial(_note, unit, stats, leaf, failures)
     if is_begun_only:
-        for found in jax.tree.leaves(stats):
-            found.copy_to_host_async()
         yield note
     else:
         note()
