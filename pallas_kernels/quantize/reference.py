@@ -105,5 +105,5 @@ def _largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     bits = lax.bitcast_convert_type(x, jnp.int32) & np.int32(0x7FFFFFFF)
     *lead, size = x.shape
     if axes == (-1,) and size % (8 * LANES) == 0:  # XLA:CPU vectorizes the maximum over any axis but the last
-        bits = jnp.max(bits.reshape(*lead, -1, 8, LANES), axis=-2, initial=0).reshape(*lead, size // 8)
+        bits = jnp.max(bits.reshape(*lead, size // (8 * LANES), 8, LANES), axis=-2, initial=0).reshape(*lead, size // 8)
     return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True, initial=0), jnp.float32)
