@@ -7,6 +7,7 @@ E8M0; Micikevicius et al., FP8 Formats for Deep Learning (arXiv:2209.05433), for
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -61,6 +62,7 @@ def e2m1_values(codes: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
     return lax.bitcast_convert_type(lax.bitcast_convert_type(value, jnp.uint32) | sign, jnp.float32)
 
 
+@jax.custom_jvp
 def e4m3_codes(x: Float[Array, "*shape"]) -> Float8e4m3fn[Array, "*shape"]:
     """f32 numbers of at most 448, or NaN, rounded half to even: as `astype(float8_e4m3fn)`.
 
@@ -81,6 +83,12 @@ def e4m3_codes(x: Float[Array, "*shape"]) -> Float8e4m3fn[Array, "*shape"]:
     return lax.bitcast_convert_type(signed.astype(jnp.uint8), jnp.float8_e4m3fn)
 
 
+@e4m3_codes.defjvp
+def _e4m3_codes_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return e4m3_codes(*primals), tangents[0].astype(jnp.float8_e4m3fn)  # as of the cast
+
+
+@jax.custom_jvp
 def e4m3_values(codes: Float8e4m3fn[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The f32 numbers: as `astype(float32)`, which XLA:CPU takes twice as long for."""
     if target_device().platform != "cpu":
@@ -92,6 +100,11 @@ def e4m3_values(codes: Float8e4m3fn[Array, "*shape"]) -> Float[Array, "*shape"]:
     value = jnp.where(magnitude < 8, subnormal, normal)
     value = jnp.where(magnitude == _E4M3_NAN, np.float32(np.nan), value)
     return lax.bitcast_convert_type(lax.bitcast_convert_type(value, jnp.uint32) | ((code & 0x80) << 24), jnp.float32)
+
+
+@e4m3_values.defjvp
+def _e4m3_values_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return e4m3_values(*primals), tangents[0].astype(jnp.float32)
 
 
 def e8m0_values(scales: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:

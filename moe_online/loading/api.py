@@ -84,7 +84,8 @@ def load(
         `expert` and `tensor`, where it has them; the rest, also experts that only a rule says to be some, on every
         device. An intermediate size that does not give each device of `tensor` whole blocks of scales is filled up
         with zeros until it does; `ExpertWeights.intermediate_size_unpadded` tells what it was.
-      unit_bytes: Most source bytes per unit; one expert (or row, or kernel that is quantized) is the least.
+      unit_bytes: Most source bytes per unit; one expert (or row, or kernel that is quantized) is the least. Arrays that
+        lie on the devices as they are needed are not cut.
       memory_limit: Bytes that the planned peak may reach, on all devices together; units become smaller where that
         is needed.
       prefetch: Units read ahead.

@@ -155,7 +155,7 @@ def _fitting(source: str, targets: Sequence[Target], unit_bytes: int, memory_lim
         peak = _peak(units, prefetch)
         if peak <= memory_limit:
             return unit_bytes
-        largest = max((unit.nbytes for unit in units), default=0)
+        largest = max((unit.nbytes for unit in units if not unit.target.is_on_devices), default=0)
         if unit_bytes == 1 or not units:
             break
         unit_bytes = max(1, min(unit_bytes, largest) // 2) if largest < unit_bytes * 2 else 1

@@ -102,7 +102,7 @@ def reload(
     loaded, opened = _Loaded.of(params), open_source(source, prefix=prefix)
     chosen = _chosen(loaded.leaves, names)
     surplus = unexpected if names is None else "ignore"
-    plan = _planned(
+    plan = _plan_for(
         _Wish(
             held=tuple((leaf, loaded.held(leaf)) for leaf in chosen),
             description=opened.description,
@@ -116,6 +116,7 @@ def reload(
             requantize=requantize,
             unit_bytes=unit_bytes,
             prefetch=prefetch,
+            has_64_bits=jax.dtypes.canonicalize_dtype(np.float64) == np.float64,
         )
     )
     sink = OnHost() if staging == "host" else OnDevices()
@@ -143,9 +144,19 @@ class _Wish:
     requantize: bool
     unit_bytes: int
     prefetch: int
+    has_64_bits: bool
 
 
-@functools.lru_cache(maxsize=4)
+def _plan_for(wish: _Wish) -> LoadPlan:
+    """The plan, kept where the source describes its tensors in what can be a key."""
+    try:
+        hash(wish)
+    except TypeError:
+        return _planned.__wrapped__(wish)
+    return _planned(wish)
+
+
+@functools.lru_cache(maxsize=64)  # as many layers may be reloaded one by one
 def _planned(wish: _Wish) -> LoadPlan:
     """The plan; a trainer wishes for the same again and again, and would wait for it longer than for some kernels."""
     held = {leaf.name: kind for leaf, kind in wish.held}

@@ -83,7 +83,10 @@ class OnDeviceSource(Protocol):
 
 
 class MemorySource:
-    """A pytree of numpy or `jax.Array`s, such as a trainer's live weights; they are copied part by part."""
+    """A pytree of numpy or `jax.Array`s, such as a trainer's live weights.
+
+    They are copied part by part, but for those on devices that `array` gives as they are.
+    """
 
     description = "the tree in memory"
 
@@ -106,7 +109,7 @@ class MemorySource:
                 shape=array.shape,
                 dtype=np.dtype(array.dtype),
                 chunk=(1,) * array.ndim,
-                sharding=array.sharding if isinstance(array, jax.Array) else None,
+                sharding=array.sharding if _lies_in_order(array) else None,
             )
             for name, array in self._arrays.items()
         }
@@ -125,6 +128,14 @@ class MemorySource:
         if len(array.sharding.device_set) == 1:
             return _copied(array, index)
         return _gathered(array, index)
+
+
+def _lies_in_order(array: Any) -> bool:
+    """Whether it is on devices, its last axis contiguous, as compiled steps want their arguments."""
+    if not isinstance(array, jax.Array):
+        return False
+    layout: Any = array.format.layout  # type: ignore[attr-defined]
+    return layout is None or bool(layout.major_to_minor == tuple(range(array.ndim)))
 
 
 def _gathered(array: jax.Array, index: Index) -> jax.Array:

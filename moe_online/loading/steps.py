@@ -276,14 +276,28 @@ def _local(stored: Any, is_stacked: bool) -> Any:
 def allocate(stored: Any) -> Any:
     """Memory for a leaf, or for some rows of it; what is in it is unknown."""
     leaves, structure = jax.tree.flatten(stored)
-    return jax.tree.unflatten(structure, _empty(tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))())
+    config: Any = jax.config
+    make = _zeros if config.jax_debug_nans else _empty  # which looks at what is not written yet
+    return jax.tree.unflatten(structure, make(tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))())
+
+
+_Kinds = tuple[tuple[tuple[int, ...], Any, Sharding], ...]
 
 
 @functools.cache
-def _empty(kinds: tuple[tuple[tuple[int, ...], Any, Sharding], ...]) -> Callable[[], list[Array]]:
+def _empty(kinds: _Kinds) -> Callable[[], list[Array]]:
     """One program for all children: each of its own takes a millisecond, and a model has many leaves."""
+    return _made(kinds, lax.empty)
+
+
+@functools.cache
+def _zeros(kinds: _Kinds) -> Callable[[], list[Array]]:
+    return _made(kinds, jnp.zeros)
+
+
+def _made(kinds: _Kinds, one: Callable[..., Array]) -> Callable[[], list[Array]]:
     make: Callable[[], list[Array]] = jax.jit(
-        lambda: [lax.empty(shape, dtype) for shape, dtype, _ in kinds],
+        lambda: [one(shape, dtype) for shape, dtype, _ in kinds],
         out_shardings=[sharding for _, _, sharding in kinds],
     )
     return make

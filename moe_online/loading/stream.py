@@ -189,7 +189,7 @@ def _fetched(
     """
     reader = Reader(source, plan.units)
     # What any other source gives may be on a device already, and would count there.
-    ahead = plan.prefetch + WAITING if isinstance(source, InPlaceSource) else 0
+    ahead = 1 + WAITING if isinstance(source, InPlaceSource) else 0
 
     begun: collections.deque[Callable[[], list[dict[jax.Device, Any]]]] = collections.deque()
     to_begin = iter(plan.units)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import codes
 from pallas_kernels.blocks import by_row, in_blocks, joined
+from pallas_kernels.devices import target_device
 from pallas_kernels.formats import SMALLEST_NORMAL, Format, QuantizedArray
 from pallas_kernels.quantize.quotient import Divisor, divide
 from pallas_kernels.quantize.scales import block_scales, encode_scale
@@ -104,6 +105,7 @@ def _largest(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """
     bits = lax.bitcast_convert_type(x, jnp.int32) & np.int32(0x7FFFFFFF)
     *lead, size = x.shape
-    if axes == (-1,) and size % (8 * LANES) == 0:  # XLA:CPU vectorizes the maximum over any axis but the last
+    # XLA:CPU vectorizes the maximum over any axis but the last; others may keep what lies between in memory.
+    if target_device().platform == "cpu" and axes == (-1,) and size % (8 * LANES) == 0:
         bits = jnp.max(bits.reshape(*lead, size // (8 * LANES), 8, LANES), axis=-2, initial=0).reshape(*lead, size // 8)
     return lax.bitcast_convert_type(jnp.max(bits, axis=axes, keepdims=True, initial=0), jnp.float32)

@@ -64,7 +64,6 @@ def assert_one_message(capsys, *pieces):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_all_schemes(fits_all, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(comparison, "WINDOW", 32)  # the text is short
     text = tmp_path / "text.txt"

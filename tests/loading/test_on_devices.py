@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import moe_online
 from by_name import by_name
 from eight_devices import in_eight_devices
 from moe_online.errors import NonFiniteWeight
-from moe_online.loading import open_source, quantizer
+from moe_online.loading import open_source, quantizer, stream
 from moe_online.loading.reload import reload
 from moe_online.loading.source import MemorySource, prefixed
 from moe_online.schemes import QuantSpec
@@ -47,10 +48,19 @@ def on_devices(tree):
 
 
 @pytest.mark.parametrize("weight", FORMATS)
-def test_it_is_not_copied_and_not_freed(weight):
+def test_it_is_not_copied_and_not_freed(weight, monkeypatch):
     tree = ours(h=256, i=128, layers=2)
-    source = Asked(on_devices(tree))
-    params = quiet_load(declared(tree), source, quantization=QuantSpec(by_name(weight), None), unit_bytes=1).params
+    source, taken, store = Asked(on_devices(tree)), [], stream._store
+
+    def watched(unit, parts, *rest):
+        taken.extend(parts)
+        return store(unit, parts, *rest)
+
+    monkeypatch.setattr(stream, "_store", watched)
+    spec = QuantSpec(by_name(weight), None)
+    params, report = quiet_load(declared(tree), source, quantization=spec, unit_bytes=1)
+    assert {id(array) for array in taken} == {id(array) for array in source._arrays.values()}
+    assert report.resident_bytes <= report.peak_bytes <= report.planned_peak_bytes
     check_quantized(params, tree, weight)
     assert not source.read_names
     assert sorted(source.given) == sorted(source.tensors)
@@ -96,6 +106,42 @@ def test_what_lies_otherwise_is_copied():
     wide = Asked(on_devices({"l0": {"w13_weight": w13, "w2_weight": w2.astype(np.float32)}}))
     assert_same_bits(quiet_load(declared(tree), wide).params["l0"].w2_weight, w2)
     assert not wide.read_names
+
+
+def test_another_layout_is_copied():
+    tree = ours(h=256, i=128)
+    sources = []
+    for name, x in tree["l0"].items():
+        array = jnp.asarray(x)
+        turned = Layout(tuple(range(array.ndim))[::-1])
+        sources.append((name, jax.device_put(array, Format(turned, array.sharding))))
+    source = Asked({"l0": dict(sources)})
+    params = quiet_load(declared(tree), source, quantization="fp8_per_block").params
+    check_quantized(params, tree, "fp8_per_block")
+    assert not source.given
+    params = reload(params, source, staging="device", progress=False).params
+    check_quantized(params, tree, "fp8_per_block")
+
+
+def test_a_limit_makes_units_smaller_beside_what_stays():
+    tree = ours(h=256, i=128, e=8)["l0"]
+    abstract = declared({"l0": tree})
+    source = {"l0": {"w13_weight": jnp.asarray(tree["w13_weight"]), "w2_weight": tree["w2_weight"]}}
+    whole = moe_online.plan(abstract, source)
+    limited = moe_online.plan(abstract, source, memory_limit=whole.peak_bytes - 1)
+    assert limited.unit_bytes == tree["w2_weight"].nbytes // 2
+
+
+def test_plans_are_kept_only_where_they_hold():
+    old, new = ({"w": np.full((3, 8), value)} for value in (1.5, 2.5))  # f64
+    params = quiet_load({"w": jax.ShapeDtypeStruct((3, 8), "float32")}, old).params
+    for wide in (False, True, False):
+        jax.config.update("jax_enable_x64", wide)
+        try:
+            found = reload(params, new, staging="device", progress=False).params
+        finally:
+            jax.config.update("jax_enable_x64", False)
+        assert (np.asarray(found["w"]) == 2.5).all()
 
 
 def test_sources_of_others_need_not_know_of_it():

@@ -43,3 +43,15 @@ def test_nan_stays():
     bits = np.array([0x7FC00000, 0xFFC00000, 0x7F800001, 0x7FFFFFFF], np.uint32)
     found = np.asarray(jax.jit(lambda x: codes.e4m3_codes(x))(bits.view(np.float32)))
     assert np.isnan(found.astype(np.float32)).all()
+
+
+def test_gradients_pass_as_through_the_cast():
+    x = np.linspace(-3, 3, 64, dtype=np.float32)
+
+    def loss(there, back):
+        return jax.grad(lambda x: (back(there(x)) * x).sum())(x)
+
+    found = loss(codes.e4m3_codes, codes.e4m3_values)
+    expected = loss(lambda x: x.astype(E4M3), lambda x: x.astype(np.float32))
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(found).sum() > 1.9 * np.abs(np.asarray(codes.e4m3_values(codes.e4m3_codes(x)))).sum()
