@@ -277,27 +277,19 @@ def allocate(stored: Any) -> Any:
     """Memory for a leaf, or for some rows of it; what is in it is unknown."""
     leaves, structure = jax.tree.flatten(stored)
     config: Any = jax.config
-    make = _zeros if config.jax_debug_nans else _empty  # which looks at what is not written yet
-    return jax.tree.unflatten(structure, make(tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))())
-
-
-_Kinds = tuple[tuple[tuple[int, ...], Any, Sharding], ...]
+    fill = jnp.zeros if config.jax_debug_nans else lax.empty  # NaN is looked for before all is written
+    return jax.tree.unflatten(
+        structure, _made(fill, tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves))()
+    )
 
 
 @functools.cache
-def _empty(kinds: _Kinds) -> Callable[[], list[Array]]:
+def _made(
+    fill: Callable[..., Array], kinds: tuple[tuple[tuple[int, ...], Any, Sharding], ...]
+) -> Callable[[], list[Array]]:
     """One program for all children: each of its own takes a millisecond, and a model has many leaves."""
-    return _made(kinds, lax.empty)
-
-
-@functools.cache
-def _zeros(kinds: _Kinds) -> Callable[[], list[Array]]:
-    return _made(kinds, jnp.zeros)
-
-
-def _made(kinds: _Kinds, one: Callable[..., Array]) -> Callable[[], list[Array]]:
     make: Callable[[], list[Array]] = jax.jit(
-        lambda: [one(shape, dtype) for shape, dtype, _ in kinds],
+        lambda: [fill(shape, dtype) for shape, dtype, _ in kinds],
         out_shardings=[sharding for _, _, sharding in kinds],
     )
     return make

@@ -1,5 +1,6 @@
 """Sources that lie on the devices as they are needed there: quantized where they are, in one piece, and left alone."""
 
+import dataclasses
 import json
 import sys
 
@@ -142,6 +143,23 @@ def test_plans_are_kept_only_where_they_hold():
         finally:
             jax.config.update("jax_enable_x64", False)
         assert (np.asarray(found["w"]) == 2.5).all()
+
+
+class Listed(Asked):
+    """Describes shapes as lists, as JSON has them: they are no key."""
+
+    @property
+    def tensors(self):
+        return {name: dataclasses.replace(t, shape=list(t.shape)) for name, t in super().tensors.items()}
+
+
+def test_plans_that_cannot_be_kept_are_made_anew():
+    old, new = ({"w": np.full((3, 8), value, np.float32)} for value in (1.5, 2.5))
+    params = quiet_load({"w": jax.ShapeDtypeStruct((3, 8), "float32")}, old).params
+    internals._planned.cache_clear()
+    found = reload(params, Listed(new), staging="device", progress=False).params
+    assert (np.asarray(found["w"]) == 2.5).all()
+    assert internals._planned.cache_info().currsize == 0
 
 
 def test_sources_of_others_need_not_know_of_it():
