@@ -79,7 +79,7 @@ def _run(static: Static, arrays: Arrays) -> jax.Array:
 
 def _prepare(static: Static, arrays: Arrays, activation_format: Format | None) -> Prepared:
     if arrays.topk_ids is None or arrays.topk_weights is None:
-        return prepare_all(arrays.x, activation_format)
+        return prepare_all(arrays.x, activation_format, static.implementation)
     return prepare(
         arrays.x,
         arrays.topk_weights,
@@ -88,11 +88,14 @@ def _prepare(static: Static, arrays: Arrays, activation_format: Format | None) -
         activation_format=activation_format,
         expert_map=arrays.expert_map,
         apply_router_weight_on_input=static.apply_router_weight_on_input,
+        implementation=static.implementation,
     )
 
 
 def _finalize(outputs: jax.Array, prepared: Prepared, arrays: Arrays) -> jax.Array:
-    return outputs if arrays.topk_ids is None else finalize(outputs, prepared, dtype=jnp.float32)
+    if arrays.topk_ids is None:
+        return outputs.astype(jnp.float32)
+    return finalize(outputs, prepared, dtype=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -131,6 +134,6 @@ def _run_straight_through(static: Static, arrays: Arrays) -> jax.Array:
     prepared = dataclasses.replace(prepared, rows=fake_quantize(rows, fmt))
     hidden = dispatch(first_call(prepared, arrays.w13, arrays.w13_bias, static.activation, None), static.implementation)
     outputs = second_matmul(
-        fake_quantize(hidden, fmt), prepared.order, arrays.w2, arrays.w2_bias, static.implementation
+        fake_quantize(hidden, fmt), prepared.order, arrays.w2, arrays.w2_bias, prepared.dtype, static.implementation
     )
     return _finalize(outputs, prepared, arrays)

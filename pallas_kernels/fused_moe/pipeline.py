@@ -19,11 +19,11 @@ from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.bits import rounded
 from pallas_kernels.formats import Format, QuantizedArray, get_format
 from pallas_kernels.fused_moe.checks import check_experts, check_routing
-from pallas_kernels.fused_moe.rows import combine, take_rows, take_tokens
-from pallas_kernels.grouped_matmul.call import Call, dispatch
+from pallas_kernels.fused_moe.rows import combine, take_tokens
+from pallas_kernels.grouped_matmul.call import Call, dispatch, served_on_gpu
 from pallas_kernels.grouped_matmul.product import no_gradient
 from pallas_kernels.implementations import Implementation
-from pallas_kernels.quantize import quantize
+from pallas_kernels.quantize.tokens import quantize_tokens, send_tokens
 from pallas_kernels.routing import ExpertOrder, GroupMetadata, sort_by_expert
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def prepare(
     activation_format: Format | str | None = None,
     expert_map: Int32[Array, " global_E"] | None = None,
     apply_router_weight_on_input: bool = False,
+    implementation: Implementation | None = None,
 ) -> Prepared:
     """Sorts the (token, slot) pairs by expert and gathers their rows, each token quantized once.
 
@@ -67,6 +68,7 @@ def prepare(
         `fused_moe` passes straight through.
       expert_map: int32 `[global_E]`, the place here of each global id, or -1; `topk_ids` are global ids then.
       apply_router_weight_on_input: Multiplies `x` (rounded to its dtype) here, and nothing at the end; top_k must be 1.
+      implementation: `"xla"` for no kernel; of any other choice the rows are the same bits.
 
     Raises:
       TypeError: a dtype that is none of those above.
@@ -74,16 +76,18 @@ def prepare(
     """
     check_routing(x, topk_weights, topk_ids, expert_map, apply_router_weight_on_input)
     fmt = None if activation_format is None else get_format(activation_format, role="activation")
-    order = sort_by_expert(topk_ids, num_experts, expert_map=expert_map)
+    order = sort_by_expert(topk_ids, num_experts, expert_map=expert_map, implementation=implementation)
     weights = topk_weights.astype(jnp.float32)
     if apply_router_weight_on_input:
         x = rounded(x.astype(jnp.float32) * weights, x.dtype)
         weights = jnp.ones_like(weights)
-    rows = _gather(x, order, fmt)
+    rows = _gather(x, order, fmt, implementation)
     return Prepared(rows=rows, order=order, weights=weights, dtype=np.dtype(x.dtype), activation_format=fmt)
 
 
-def prepare_all(x: Float[Array, "T H"], activation_format: Format | None) -> Prepared:
+def prepare_all(
+    x: Float[Array, "T H"], activation_format: Format | None, implementation: Implementation | None
+) -> Prepared:
     """All tokens on their way to one expert, in the order in which they are."""
     index = jnp.arange(x.shape[0], dtype=jnp.int32)
     sizes = jnp.full((1,), x.shape[0], jnp.int32)
@@ -94,7 +98,9 @@ def prepare_all(x: Float[Array, "T H"], activation_format: Format | None) -> Pre
         group_sizes=sizes,
         metadata=GroupMetadata(group_starts=jnp.zeros_like(sizes)),
     )
-    rows = x if activation_format is None else quantize(no_gradient(x), activation_format)
+    rows: Rows = x
+    if activation_format is not None:
+        rows = quantize_tokens(no_gradient(x), activation_format, implementation)
     weights = jnp.ones((x.shape[0], 1), jnp.float32)
     dtype = np.dtype(x.dtype)
     return Prepared(rows=rows, order=order, weights=weights, dtype=dtype, activation_format=activation_format)
@@ -110,7 +116,9 @@ def run_experts(
     w2_bias: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "M H"]:
-    """The output of each row's expert, f32 `[T * top_k, H]`; zero in rows of none. Arguments as of `fused_moe`.
+    """The output of each row's expert, `[T * top_k, H]`; zero in rows of none. Arguments as of `fused_moe`.
+
+    In f32, but by Hopper's kernels in the dtype of the tokens.
 
     Raises:
       TypeError: a dtype that does not serve.
@@ -123,7 +131,8 @@ def run_experts(
     if w2.shape[0] != num_experts:
         raise ValueError(f"{w2.shape=} has {w2.shape[0]} experts, and the rows were prepared for {num_experts}")
     first = first_call(prepared, w13, w13_bias, activation, prepared.activation_format)
-    return second_matmul(dispatch(first, implementation), prepared.order, w2, w2_bias, implementation)
+    hidden = dispatch(first, implementation)
+    return second_matmul(hidden, prepared.order, w2, w2_bias, prepared.dtype, implementation)
 
 
 def finalize(
@@ -145,15 +154,11 @@ def finalize(
     return total.astype(prepared.dtype if dtype is None else dtype)
 
 
-def _gather(x: jax.Array, order: ExpertOrder, fmt: Format | None) -> Rows:
+def _gather(x: jax.Array, order: ExpertOrder, fmt: Format | None, implementation: Implementation | None) -> Rows:
     """The rows of all pairs, each token quantized once however many experts it has."""
     if fmt is None:
-        return take_tokens(x, order)
-    q = quantize(no_gradient(_zero_padding(x, order, fmt)), fmt)
-    tokens = order.tokens
-    scales = q.scales if fmt.block[0] is None else take_rows(q.scales.T, tokens).T
-    second = None if q.global_scale is None else q.global_scale[tokens]
-    return QuantizedArray(values=take_rows(q.values, tokens), scales=scales, global_scale=second, format=fmt)
+        return take_tokens(x, order, implementation)
+    return send_tokens(no_gradient(_zero_padding(x, order, fmt)), order, fmt, implementation)
 
 
 def _zero_padding(x: jax.Array, order: ExpertOrder, fmt: Format) -> jax.Array:
@@ -180,9 +185,14 @@ def first_call(
 
 
 def second_matmul(
-    hidden: Rows, order: ExpertOrder, w2: Rows, bias: jax.Array | None, implementation: Implementation | None
+    hidden: Rows,
+    order: ExpertOrder,
+    w2: Rows,
+    bias: jax.Array | None,
+    dtype: np.dtype[Any],
+    implementation: Implementation | None,
 ) -> jax.Array:
-    """The outputs of all rows, in f32."""
+    """The outputs of all rows: in f32, or by Hopper's kernel, which is bound by these bytes, in the dtype of tokens."""
     call = Call(
         lhs=hidden,
         rhs=w2,
@@ -191,6 +201,8 @@ def second_matmul(
         bias=bias,
         out_dtype=np.dtype(np.float32),
     )
+    if served_on_gpu(call, implementation):
+        call = dataclasses.replace(call, out_dtype=dtype)
     out = dispatch(call, implementation)
     assert not isinstance(out, QuantizedArray)  # no out_format was given
     return out

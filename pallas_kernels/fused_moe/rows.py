@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
-from pallas_kernels.bits import storage_bits
+from pallas_kernels.implementations import Implementation
+from pallas_kernels.quantize.tokens import send_tokens
 from pallas_kernels.routing import ExpertOrder
 
 
-@jax.custom_vjp
-def take_tokens(x: Float[Array, "T H"], order: ExpertOrder) -> Float[Array, "M H"]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def take_tokens(
+    x: Float[Array, "T H"], order: ExpertOrder, implementation: Implementation | None
+) -> Float[Array, "M H"]:
     """The rows of all (token, slot) pairs, in their order."""
-    return take_rows(x, order.tokens)
+    rows = send_tokens(x, order, None, implementation)
+    assert isinstance(rows, jax.Array)  # no format was given
+    return rows
 
 
-def _take_tokens_forward(x: jax.Array, order: ExpertOrder) -> tuple[jax.Array, ExpertOrder]:
-    return take_tokens(x, order), order
+def _take_tokens_forward(
+    x: jax.Array, order: ExpertOrder, implementation: Implementation | None
+) -> tuple[jax.Array, ExpertOrder]:
+    return take_tokens(x, order, implementation), order
 
 
-def _take_tokens_backward(order: ExpertOrder, by_rows: jax.Array) -> tuple[jax.Array, None]:
+def _take_tokens_backward(_: Implementation | None, order: ExpertOrder, by_rows: jax.Array) -> tuple[jax.Array, None]:
     return combine(by_rows, jnp.ones(order.rows.shape, jnp.float32), order).astype(by_rows.dtype), None
 
 
@@ -58,9 +66,3 @@ def _combine_backward(residuals: Residuals, by_total: jax.Array) -> tuple[jax.Ar
 
 
 combine.defvjp(_combine_forward, _combine_backward)
-
-
-def take_rows(x: jax.Array, rows: Int32[Array, " M"]) -> jax.Array:
-    """`x[rows]`, moved as bits: XLA:CPU would gather small floats as f32."""
-    bits = lax.bitcast_convert_type(x, storage_bits(x.dtype))
-    return lax.bitcast_convert_type(bits[rows], x.dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.activations import Activation
+from pallas_kernels.devices import target_device
 from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.grouped_matmul import gradient, reference
 from pallas_kernels.grouped_matmul.product import no_gradient, no_second_gradient
@@ -67,6 +68,12 @@ def dispatch(call: Call, implementation: Implementation | None) -> jax.Array | Q
     if isinstance(call.rhs, QuantizedArray):
         call = dataclasses.replace(call, rhs=jax.tree.map(no_gradient, call.rhs))
     return _differentiable((kernel, "xla" if implementation == "xla" else None), call)
+
+
+def served_on_gpu(call: Call, implementation: Implementation | None) -> bool:
+    """Whether `dispatch` would take the kernel for GPUs."""
+    kernel = choose("grouped_matmul", implementation, KERNELS, call, warn=False)
+    return kernel is not None and target_device().platform == "gpu"
 
 
 def _serve(kernel: Kernel | None, call: Call) -> jax.Array | QuantizedArray:

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
+
+from pallas_kernels.devices import target_device
+from pallas_kernels.implementations import Implementation, choose
+from pallas_kernels.routing.call import KERNELS, OrderCall
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -22,6 +26,7 @@ class GroupMetadata:
     """What every grouped matmul over the same rows derives from `group_sizes`."""
 
     group_starts: Leaf  # [groups] int32, first row of each group
+    plan: Any = None  # of a kernel's tiles, where sorting made one
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +79,11 @@ def row_ranges(
 
 
 def sort_by_expert(
-    topk_ids: Int32[Array, "T top_k"], num_experts: int, *, expert_map: Int32[Array, " global_E"] | None = None
+    topk_ids: Int32[Array, "T top_k"],
+    num_experts: int,
+    *,
+    expert_map: Int32[Array, " global_E"] | None = None,
+    implementation: Implementation | None = None,
 ) -> ExpertOrder:
     """Sorts the (token, slot) pairs by expert, once for both matmuls.
 
@@ -82,6 +91,7 @@ def sort_by_expert(
       topk_ids: int32 `[T, top_k]`; an id outside the experts' range has no expert.
       num_experts: Experts here.
       expert_map: int32 `[global_E]`, the place here of each global id, or -1; `topk_ids` are global ids then.
+      implementation: `"xla"` for no kernel; of any other choice the order is the same.
 
     >>> import jax.numpy as jnp
     >>> order = sort_by_expert(jnp.array([[1, 0], [-1, 1]], jnp.int32), 2)
@@ -94,11 +104,28 @@ def sort_by_expert(
         known = (ids >= 0) & (ids < expert_map.shape[0])
         ids = jnp.where(known, expert_map[jnp.clip(ids, 0, expert_map.shape[0] - 1)], jnp.full_like(ids, -1))
     routed = (ids >= 0) & (ids < num_experts)
+    call, kernel = OrderCall(ids=ids, num_experts=num_experts), None
+    if implementation in (None, *KERNELS):
+        kernel = choose("sort_by_expert", None, KERNELS, call, warn=False)
+    if kernel is not None:
+        order = kernel.run(call)
+        pairs = jnp.zeros_like(ids).at[order.rows].set(lax.iota(jnp.int32, ids.shape[0]), unique_indices=True)
+        return ExpertOrder(
+            tokens=pairs // top_k,
+            rows=order.rows.reshape(num_tokens, top_k),
+            routed=routed.reshape(num_tokens, top_k),
+            group_sizes=order.group_sizes,
+            metadata=GroupMetadata(group_starts=order.group_starts, plan=order.plan),
+        )
     keys = jnp.where(routed, ids, jnp.full_like(ids, num_experts))
     index = lax.iota(jnp.int32, ids.shape[0])
-    keys, pairs = lax.sort((keys, index), num_keys=1, is_stable=True)
-    rows = jnp.zeros_like(index).at[pairs].set(index, unique_indices=True)
-    bounds = jnp.searchsorted(keys, lax.iota(jnp.int32, num_experts + 1)).astype(jnp.int32)
+    if target_device().platform == "gpu":
+        rows, bounds = counted(keys if expert_map is None else lax.optimization_barrier(keys), num_experts)
+        pairs = jnp.zeros_like(index).at[rows].set(index, unique_indices=True)
+    else:
+        keys, pairs = lax.sort((keys, index), num_keys=1, is_stable=True)
+        rows = jnp.zeros_like(index).at[pairs].set(index, unique_indices=True)
+        bounds = jnp.searchsorted(keys, lax.iota(jnp.int32, num_experts + 1)).astype(jnp.int32)
     return ExpertOrder(
         tokens=pairs // top_k,
         rows=rows.reshape(num_tokens, top_k),
@@ -106,3 +133,33 @@ def sort_by_expert(
         group_sizes=bounds[1:] - bounds[:-1],
         metadata=GroupMetadata(group_starts=bounds[:-1]),
     )
+
+
+AT_ONCE, CHUNK = 4096, 256  # keys that are compared all with all, and of more, those of a part
+
+
+def counted(keys: Int32[Array, " n"], num_experts: int) -> tuple[Int32[Array, " n"], Int32[Array, " bounds"]]:
+    """Where a stable sort puts each key of `[0, E]`, and where the E + 1 groups begin, by counting smaller ones.
+
+    On a GPU this takes two launches for a few thousand keys and six for more; XLA's sort and search take dozens.
+    """
+    experts = lax.iota(jnp.int32, num_experts + 1)
+    if keys.shape[0] <= AT_ONCE:
+        index = lax.iota(jnp.int32, keys.shape[0])
+        before = (keys[None] < keys[:, None]) | ((keys[None] == keys[:, None]) & (index[None] < index[:, None]))
+        return _count(before), _count(keys[None] < experts[:, None])
+    parts = jnp.pad(keys, (0, -keys.shape[0] % CHUNK), constant_values=num_experts).reshape(-1, CHUNK)
+    within, part = lax.iota(jnp.int32, CHUNK), lax.iota(jnp.int32, parts.shape[0])
+    smaller = (within[None] < within[:, None])[None]
+    among = _count((parts[:, None] == parts[:, :, None]) & smaller)  # of its part and expert
+    sizes = _count(parts[:, None] == experts[None, :, None])  # [parts, E + 1]
+    earlier = jnp.where(part[None, :, None] < part[:, None, None], sizes[None], jnp.zeros_like(sizes)[None])
+    earlier = jnp.sum(earlier, axis=1, dtype=jnp.int32)  # of each expert in the parts before
+    total = jnp.sum(sizes, axis=0, dtype=jnp.int32)
+    bounds = running_sum(total) - total
+    rows = among + (earlier + bounds[None])[part[:, None], parts]
+    return rows.reshape(-1)[: keys.shape[0]], bounds
+
+
+def _count(found: Bool[Array, "*shape n"]) -> Int32[Array, "*shape"]:
+    return jnp.sum(found, axis=-1, dtype=jnp.int32)

@@ -11,14 +11,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import aot_gpu
 from by_name import by_name
+from codes import PAIRS
 from moe_online.loading.quantizer import PartLayout
 from moe_online.loading.steps import StepCache
 from numpy_quantizer import WEIGHTS
-from pallas_kernels import QuantizedArray, UnsupportedError, grouped_matmul, hopper, quantize
+from pallas_kernels import QuantizedArray, UnsupportedError, fused_moe, grouped_matmul, hopper, quantize
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT
 from pallas_kernels.hopper import FIRST_JAX
+from quick import few_cases
 from scaled_kernel import scaled_matmul
 
 pytestmark = [
@@ -63,9 +65,43 @@ def test_real_shapes(model, tokens, tmp_path):
         for n, k, epilogue in ((2 * i, h, activation), (h, i, None)):
             avals = arguments(m, e, n, k, biased)
             compiled = aot_gpu.compile_for(aot_gpu.device_of(), functools.partial(call, epilogue=epilogue), *avals)
-            # the plan of tiles, and where M is no multiple of 8 the padded rows; never the weights
-            assert aot_gpu.temporary_bytes(compiled) <= 2**16 + (m % 8 > 0) * (m + 8) * k * 2 + biased * (e + 1) * n * 4
+            # the plan of tiles and its parts, and where M is no multiple of 8 the padded rows; never the weights
+            assert aot_gpu.temporary_bytes(compiled) <= 2**20 + (m % 8 > 0) * (m + 8) * k * 2 + biased * (e + 1) * n * 4
     check_kernels(reports, 2)
+
+
+QUICK_LAYERS = [("qwen3-30b", "fp8_per_block", 4096)]
+LAYERS = [
+    (model, name, tokens)
+    for model in ("qwen3-30b", "mixtral", "dsv3-tp8")
+    for name in dict(PAIRS)
+    for tokens in (64, 4096)
+]
+
+
+@pytest.mark.parametrize(("model", "name", "tokens"), few_cases(LAYERS, QUICK_LAYERS))
+def test_layers_of_codes(model, name, tokens, tmp_path):
+    """Both matmuls, and the kernels that sort, bring tokens to experts and quantize: no more memory than stated."""
+    e, top_k, h, i, activation, _ = MODELS[model]
+    shapes = (e, 2, i, h), (e, h, i)
+    weights = [jax.eval_shape(functools.partial(quantize, format=name), S(shape, BF16)) for shape in shapes]
+    of_pairs = [S((tokens, top_k), dtype) for dtype in (jnp.float32, jnp.int32)]
+    leaves, tree = jax.tree.flatten((S((tokens, h), BF16), *weights, *of_pairs))
+
+    def layer(*leaves):
+        arrays = jax.tree.unflatten(tree, leaves)
+        return fused_moe(
+            *arrays, activation=activation, activation_format=dict(PAIRS)[name], implementation="mosaic_gpu"
+        )
+
+    with aot_gpu.kernel_reports(tmp_path) as reports:
+        compiled = aot_gpu.compile_for(aot_gpu.device_of(), layer, *leaves)
+    limit = tokens * top_k * max(h + i, i + 2 * h) + 32e6
+    if dict(PAIRS)[name] != "fp8_per_group":
+        limit += tokens * top_k * 2 * i  # what a scale of a whole row waits for
+    assert aot_gpu.temporary_bytes(compiled) <= limit
+    sorting = 1 if tokens * top_k <= 2048 else 2
+    check_kernels(reports, sorting + (3 if dict(PAIRS)[name] == "fp8_per_group" else 4))
 
 
 @pytest.mark.smoke

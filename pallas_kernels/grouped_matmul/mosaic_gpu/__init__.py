@@ -7,13 +7,22 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.devices import num_cores
-from pallas_kernels.formats import QuantizedArray
+from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.grouped_matmul.call import Call
-from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT, MosaicGpuConfig, heuristic
+from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
+    SMEM_LIMIT,
+    STEP_BYTES,
+    MosaicGpuConfig,
+    heuristic,
+)
+from pallas_kernels.grouped_matmul.mosaic_gpu.scales import BLOCK, kind, pair
 from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles, plan_work
+from pallas_kernels.grouped_matmul.reference import quantize_rows
 from pallas_kernels.hopper import unsupported_here
+from pallas_kernels.quantize.tokens import quantize_tokens
 
 __all__ = ["MosaicGpuConfig", "run", "unsupported"]
 
@@ -28,22 +37,39 @@ def unsupported(call: Call) -> str | None:
 
 def unsupported_anywhere(call: Call) -> str | None:
     """Why it cannot serve a call on any Hopper GPU, or None."""
-    if isinstance(call.lhs, QuantizedArray) or isinstance(call.rhs, QuantizedArray):
-        return "there is no kernel for quantized operands yet"
-    for name in ("activation_format", "out_format"):
-        if getattr(call, name) is not None:
-            return f"it does not take {name} yet"
     return _unsupported_arrays(call) or _unsupported_config(call)
 
 
 def _unsupported_arrays(call: Call) -> str | None:
     lhs, rhs = call.lhs, call.rhs
-    if lhs.dtype != rhs.dtype or lhs.dtype not in DTYPES:
-        return f"it multiplies bfloat16 with bfloat16 or float16 with float16, not {lhs.dtype} with {rhs.dtype}"
     n, k = math.prod(rhs.shape[1:-1]), rhs.shape[-1]
     unit = 128 if call.gated else 64  # gate and up in equal parts
-    if n % unit or n < 128 or k % 64 or not k:
-        return f"N={n} must be a multiple of {unit}, at least 128, and K={k} one of 64"
+    if n % unit or n < 128 or not k:
+        return f"N={n} must be a multiple of {unit}, at least 128"
+    if isinstance(lhs, QuantizedArray) or isinstance(rhs, QuantizedArray) or call.activation_format is not None:
+        return _unsupported_codes(call, n, k)
+    if lhs.dtype != rhs.dtype or lhs.dtype not in DTYPES:
+        return f"it multiplies bfloat16 with bfloat16 or float16 with float16, not {lhs.dtype} with {rhs.dtype}"
+    return f"K={k} must be a multiple of 64" if k % 64 else None
+
+
+def _unsupported_codes(call: Call, n: int, k: int) -> str | None:
+    """The same of quantized operands."""
+    lhs = call.lhs.format if isinstance(call.lhs, QuantizedArray) else call.activation_format
+    rhs = call.rhs.format if isinstance(call.rhs, QuantizedArray) else None
+    if lhs is None or rhs is None:
+        return "it takes quantized weights with quantized rows only: no kernel dequantizes yet"
+    kinds = kind(lhs, weights=False), kind(rhs, weights=True)
+    if None in kinds or lhs.code != rhs.code or (kinds[0] == "block") != (kinds[1] == "block"):
+        return (
+            "it multiplies fp8 with fp8 and int8 with int8, with scales of rows or whole matrices, or of 1x128 and "
+            f"128x128 blocks; not {lhs} with {rhs}"
+        )
+    if k % STEP_BYTES:
+        return f"K={k} must be a multiple of {STEP_BYTES} for codes of 8 bits"
+    of_half = n // 2 if call.gated or call.rhs.ndim > 3 else n
+    if kinds[1] == "block" and of_half % 128:
+        return f"N={of_half} must be a multiple of 128 for scales of 128x128 blocks"
     return None
 
 
@@ -53,46 +79,92 @@ def _unsupported_config(call: Call) -> str | None:
         return None
     if not isinstance(config, MosaicGpuConfig):
         return f"config must be a MosaicGpuConfig, not {config!r}"
-    if config.smem_bytes() > SMEM_LIMIT:
-        return f"{config} takes {config.smem_bytes()} bytes of shared memory of {SMEM_LIMIT}; use fewer stages"
+    if config.smem_bytes > SMEM_LIMIT:
+        return f"{config} takes {config.smem_bytes} bytes of shared memory of {SMEM_LIMIT}; use fewer stages"
     n = math.prod(call.rhs.shape[1:-1])
     if call.gated and config.warpgroup_n < 128:
         return f"{config} gives a warpgroup {config.warpgroup_n} columns; gated it needs 128, gate and up"
     return f"{config.block_n=} is above N={n}" if config.block_n > n else None
 
 
-def run(call: Call) -> jax.Array:
+def run(call: Call) -> jax.Array | QuantizedArray:
     """Serves a call that `unsupported` let pass."""
+    if call.out_format is not None and not _quantizes(call, call.out_format):
+        real = run(dataclasses.replace(call, out_format=None))
+        assert isinstance(real, jax.Array)
+        return quantize_tokens(real, call.out_format, "mosaic_gpu")
+    if call.activation_format is not None:
+        assert isinstance(call.lhs, jax.Array)
+        codes = quantize_rows(call.lhs, call.activation_format, call.group_sizes)
+        return run(dataclasses.replace(call, lhs=codes, activation_format=None))
     if call.epilogue is not None and call.epilogue.name in NOT_IN_KERNELS:
-        return call.epilogue.of_rows(run(dataclasses.replace(call, epilogue=None))).astype(call.out_dtype)
-    from pallas_kernels.grouped_matmul.mosaic_gpu.sm90_bf16 import grouped_matmul_bf16
+        real = run(dataclasses.replace(call, epilogue=None))
+        assert isinstance(real, jax.Array)
+        return call.epilogue.of_rows(real).astype(call.out_dtype)
+    from pallas_kernels.grouped_matmul.mosaic_gpu.sm90 import grouped_matmul_sm90
 
-    lhs, rhs = call.lhs, call.rhs
-    assert isinstance(lhs, jax.Array)
-    assert isinstance(rhs, jax.Array)
-    num_experts, k = rhs.shape[0], rhs.shape[-1]
-    rhs = rhs.reshape(num_experts, -1, k)
-    (m, _), n = lhs.shape, rhs.shape[1]
+    num_experts, k = call.rhs.shape[0], call.rhs.shape[-1]
+    m, n = call.lhs.shape[0], math.prod(call.rhs.shape[1:-1])
     if m == 0 or num_experts == 0:
         return jnp.zeros((m, n // 2 if call.gated else n), call.out_dtype)
-    config = call.config or heuristic(m=m, num_experts=num_experts, n=n, gated=call.gated)
-    tiles = plan_work(
+    config = _config(call)
+    tiles = _tiles(call, config.block_m)
+    most = max_tiles(m, num_experts, config.block_m) * -(-n // config.block_n)
+    lhs, rhs = (x.values if isinstance(x, QuantizedArray) else x for x in (call.lhs, call.rhs))
+    scales = None
+    if isinstance(call.lhs, QuantizedArray):
+        assert isinstance(call.rhs, QuantizedArray)
+        scales = pair(call.lhs, call.rhs, config.block_m)
+    out, out_scales = grouped_matmul_sm90(
+        lhs,
+        rhs.reshape(num_experts, n, k),
+        tiles,
+        scales=scales,
+        bias=None if call.bias is None else call.bias.reshape(num_experts, n),
+        epilogue=call.epilogue,
+        out_dtype=call.out_dtype,
+        out_format=call.out_format,
+        config=config,
+        num_programs=min(num_cores(), most),
+    )
+    return out if call.out_format is None else QuantizedArray(values=out, scales=out_scales, format=call.out_format)
+
+
+def _tiles(call: Call, block_m: int) -> jax.Array:
+    """Those that were planned with the order of the rows, or new ones."""
+    m, num_experts, plan = call.lhs.shape[0], call.rhs.shape[0], call.metadata.plan
+    all_groups = call.group_offset is None and call.group_sizes.shape[0] == num_experts
+    if plan is not None and all_groups and (plan.num_rows, plan.block_m) == (m, block_m):
+        planned: jax.Array = plan.tiles
+        return planned
+    return plan_work(
         call.metadata.group_starts,
         call.group_sizes,
         num_rows=m,
         num_experts=num_experts,
         group_offset=call.group_offset,
-        block_m=config.block_m,
+        block_m=block_m,
     )
-    most = max_tiles(m, num_experts, config.block_m) * -(-n // config.block_n)
-    out: jax.Array = grouped_matmul_bf16(
-        lhs,
-        rhs,
-        tiles,
-        bias=None if call.bias is None else call.bias.reshape(num_experts, n),
-        epilogue=call.epilogue,
-        out_dtype=call.out_dtype,
-        config=config,
-        num_programs=min(num_cores(), most),
+
+
+def _config(call: Call) -> MosaicGpuConfig:
+    if call.config is not None:
+        config: MosaicGpuConfig = call.config
+        return config
+    lhs = call.lhs.format if isinstance(call.lhs, QuantizedArray) else call.activation_format
+    return heuristic(
+        m=call.lhs.shape[0],
+        num_experts=call.rhs.shape[0],
+        n=math.prod(call.rhs.shape[1:-1]),
+        gated=call.gated,
+        in_blocks=lhs is not None and kind(lhs, weights=False) == "block",
     )
-    return out
+
+
+def _quantizes(call: Call, fmt: Format) -> bool:
+    """Whether the kernel makes codes of its results: in blocks that a tile has whole."""
+    halves = 2 if call.gated else 1
+    n, of_tile = math.prod(call.rhs.shape[1:-1]) // halves, _config(call).block_n // halves
+    in_kernel = call.epilogue is None or call.epilogue.name not in NOT_IN_KERNELS
+    is_group = fmt.block == (1, BLOCK) and fmt.code == jnp.float8_e4m3fn and fmt.scale_dtype == np.float32
+    return is_group and in_kernel and n % BLOCK == of_tile % BLOCK == 0 and 0 not in (*call.lhs.shape, *call.rhs.shape)

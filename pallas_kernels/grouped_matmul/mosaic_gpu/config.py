@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+import numpy as np
 
 SMEM_LIMIT = 232_448  # bytes of shared memory that one block may take on sm_90
 WARPGROUP_ROWS = 64  # of one wgmma
 COMPUTE_WARPGROUPS = 2
+STEP_BYTES = 128  # of K per pipeline step: one swizzled row
 STORE_BYTES = 128  # width of the column chunks that go from registers to memory: one swizzled row
 
 
@@ -20,7 +24,6 @@ class MosaicGpuConfig:
 
     block_m: int  # rows of one expert per tile; 128: a warpgroup has half the rows, 64: half the columns
     block_n: int  # rows of the weights per tile
-    block_k: int = 64  # elements of K per pipeline step: one 128-byte row in 16 bits
     stages: int = 4  # steps whose operands sit in shared memory at once
     band: int = 8  # row tiles that share a column of weights before the next column, so that it comes from L2
 
@@ -29,8 +32,6 @@ class MosaicGpuConfig:
             raise ValueError(f"block_m={self.block_m} must be 64 or 128: two warpgroups of {WARPGROUP_ROWS} rows")
         if self.block_n % 128 or not 128 <= self.block_n <= 512 // (self.block_m // 64):
             raise ValueError(f"block_n={self.block_n} must be a multiple of 128, at most 256 for each warpgroup")
-        if self.block_k != 64:
-            raise ValueError(f"block_k={self.block_k} must be 64, the 128 bytes of one swizzled row of 16-bit elements")
         if self.stages < 2 or self.band < 1:
             raise ValueError(f"stages={self.stages} must be at least 2 and band={self.band} at least 1")
 
@@ -44,20 +45,34 @@ class MosaicGpuConfig:
         """Columns that one warpgroup multiplies."""
         return self.block_n if self.split_rows else self.block_n // COMPUTE_WARPGROUPS
 
-    def smem_bytes(self, itemsize: int = 2) -> int:
+    @property
+    def smem_bytes(self) -> int:
         """Shared memory of operands and output; barriers take a little more."""
-        operands = self.stages * self.block_k * (self.block_m + self.block_n) * itemsize
+        operands = self.stages * STEP_BYTES * (self.block_m + self.block_n)
         return operands + 2 * COMPUTE_WARPGROUPS * WARPGROUP_ROWS * STORE_BYTES
 
 
-def heuristic(*, m: int, num_experts: int, n: int, gated: bool) -> MosaicGpuConfig:
+def block_k(dtype: Any) -> int:
+    """Elements of K per pipeline step: the 128 bytes of one swizzled row."""
+    size: int = STEP_BYTES // np.dtype(dtype).itemsize
+    return size
+
+
+def block_m_for(m: int, num_experts: int) -> int:
+    """Rows of a tile that `heuristic` mostly takes for `m` rows over `num_experts` experts."""
+    return 128 if m > 64 * num_experts else 64
+
+
+def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool) -> MosaicGpuConfig:
     """The tiles for `m` rows over `num_experts` experts with `n` rows of weights each.
 
     Wide tiles reach the tensor cores' rate; with few rows for each expert the weights' bytes bind, and narrow tiles
-    keep more loads in flight (LOGBOOK.md has the measurements).
+    keep more loads in flight, unless each step has its scales to wait for (LOGBOOK.md has the measurements).
     """
-    if m > 64 * num_experts:
+    if block_m_for(m, num_experts) == 128:
         return MosaicGpuConfig(block_m=128, block_n=256 if n >= 256 else 128, stages=4 if n >= 256 else 6, band=4)
-    if gated:  # two narrow warpgroups would not have whole rows to store
-        return MosaicGpuConfig(block_m=64, block_n=256) if n >= 256 else MosaicGpuConfig(block_m=128, block_n=128)
+    if gated and n < 256:  # two narrow warpgroups would not have whole rows to store
+        return MosaicGpuConfig(block_m=128, block_n=128)
+    if n >= 256 and (gated or in_blocks):
+        return MosaicGpuConfig(block_m=64, block_n=256)
     return MosaicGpuConfig(block_m=64, block_n=128, stages=6)

@@ -34,6 +34,10 @@ def multiplied(x: jax.Array, factor: jax.Array, fmt: Format) -> Rounded:
     if fmt.code == jnp.float8_e4m3fn:
         code = units.astype(fmt.code)  # saturates
         return Rounded(code, code.astype(jnp.float32) - units)
+    if fmt.code == jnp.int8:
+        clipped = jnp.minimum(jnp.maximum(units, np.float32(-fmt.code_max)), np.float32(fmt.code_max))
+        shifted = clipped + np.float32(_MAGIC)
+        return Rounded(lax.bitcast_convert_type(shifted, jnp.int32), (shifted - np.float32(_MAGIC)) - units)
     assert fmt.code == jnp.float4_e2m1fn
     magnitude = jnp.abs(units)
     clipped = jnp.minimum(magnitude, np.float32(fmt.code_max))

@@ -11,7 +11,7 @@ import definition
 from pallas_kernels import Activation, UnsupportedError, grouped_matmul, make_group_metadata, quantize
 from pallas_kernels.grouped_matmul.call import Call, dispatch
 from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig
-from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles, plan_work
+from pallas_kernels.grouped_matmul.mosaic_gpu.work import NUM_TILES, max_tiles, plan_work
 from pallas_kernels.hopper import FIRST_JAX
 from pallas_kernels.implementations import interpreted
 from races import no_races
@@ -173,10 +173,12 @@ def test_work_covers_each_row_once():
         starts = np.cumsum(sizes) - sizes
         options = {"num_rows": rows, "num_experts": 3, "block_m": block_m}
         work = plan(jnp.asarray(starts, jnp.int32), jnp.asarray(sizes, jnp.int32), group_offset=offset, **options)
-        count = int(work[4, 0])
+        count = int(work[NUM_TILES, 0])
         assert count <= max_tiles(rows, 3, block_m) == work.shape[1]
         owner = np.full(rows, -9)
-        for expert, row, first, last, _ in np.asarray(work)[:, :count].T:
+        for expert, row, first, last, is_expert, _ in np.asarray(work)[:, :count].T:
+            assert is_expert == (expert >= 0)
+            assert row <= rows - block_m
             assert row % 8 == 0
             assert row <= first < last <= row + block_m
             assert (owner[first:last] == -9).all()
@@ -191,9 +193,16 @@ def test_work_covers_each_row_once():
 @pytest.mark.parametrize(
     ("says", "options"),
     [
-        ("quantized operands", {"activation_format": "fp8_per_token", "quantized": True}),
-        ("activation_format", {"activation_format": "fp8_per_token"}),
-        ("out_format", {"out_format": "fp8_per_token"}),
+        ("quantized weights with quantized rows only", {"activation_format": "fp8_per_token"}),
+        ("quantized weights with quantized rows only", {"weights": "fp8_per_channel"}),
+        (
+            "not int8_per_token with fp8_per_channel",
+            {"activation_format": "int8_per_token", "weights": "fp8_per_channel"},
+        ),
+        ("not fp8_per_token with fp8_per_block", {"activation_format": "fp8_per_token", "weights": "fp8_per_block"}),
+        ("not mxfp8 with mxfp8", {"activation_format": "mxfp8", "weights": "mxfp8"}),
+        ("K=192 .* 128", {"activation_format": "fp8_per_token", "weights": "fp8_per_channel", "k": 192}),
+        ("N=192 .* 128x128", {"activation_format": "fp8_per_group", "weights": "fp8_per_block", "n": 192}),
         ("float32 with float32", {"dtype": jnp.float32}),
         ("N=200", {"n": 200}),
         ("K=100", {"k": 100}),
@@ -206,8 +215,8 @@ def test_work_covers_each_row_once():
 def test_reasons(says, options):
     options = dict(options)
     x, w = problem(m=16, n=options.pop("n", 256), k=options.pop("k", 128), dtype=options.pop("dtype", jnp.bfloat16))
-    if options.pop("quantized", False):
-        w, options = quantize(w, "fp8_per_channel"), {}
+    if "weights" in options:
+        w = quantize(w, options.pop("weights"))
     with pytest.raises(UnsupportedError, match=f"'mosaic_gpu' cannot serve this call: .*{says}.*; use 'xla'"):
         grouped_matmul(x, w, jnp.array((4,) * 4, jnp.int32), implementation="mosaic_gpu", **options)
 
@@ -221,7 +230,7 @@ def test_a_cpu_is_no_gpu():
 
 @pytest.mark.smoke
 @pytest.mark.parametrize(
-    "sizes", [{"block_m": 96}, {"block_n": 64}, {"block_m": 128, "block_n": 512}, {"block_k": 32}, {"stages": 1}]
+    "sizes", [{"block_m": 96}, {"block_n": 64}, {"block_m": 128, "block_n": 512}, {"stages": 1}, {"band": 0}]
 )
 def test_config_is_checked_at_birth(sizes):
     with pytest.raises(ValueError, match="must be"):

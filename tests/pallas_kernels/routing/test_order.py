@@ -1,10 +1,12 @@
 """The order of the rows against numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.routing import sort_by_expert
+from pallas_kernels.routing.groups import counted
 
 
 @pytest.mark.parametrize("with_map", [False, True])
@@ -23,3 +25,17 @@ def test_rows_sorted_by_expert(with_map):
     assert order.tokens[:used].tolist() == [t for _, t, _ in pairs]
     assert [int(order.rows[t, j]) for _, t, j in pairs] == list(range(used))
     assert sorted(order.rows.reshape(-1).tolist()) == list(range(ids.size))  # each pair has a row of its own
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096, 4097, 5000, 6144])
+@pytest.mark.parametrize("num_experts", [1, 5, 130])
+def test_counting_is_a_stable_sort(size, num_experts):
+    """What GPUs do in place of a sort, keys of no expert last."""
+    rng = np.random.default_rng(size)
+    keys = rng.integers(0, num_experts + 1, size).astype(np.int32)
+    if size > 4096:
+        keys[: size // 2] = num_experts // 2  # more of one than a part holds
+    rows, bounds = jax.jit(counted, static_argnums=1)(keys, num_experts)
+    order = np.argsort(keys, kind="stable")
+    assert np.array_equal(np.asarray(rows)[order], np.arange(size))
+    assert np.array_equal(bounds, np.searchsorted(keys[order], np.arange(num_experts + 1)))
