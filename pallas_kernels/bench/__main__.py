@@ -1,5 +1,5 @@
-"""The command: `python -m pallas_kernels.bench grouped_matmul`, `... quantize`, and `... table FILE.jsonl` for what
-they wrote."""
+"""The command: `python -m pallas_kernels.bench grouped_matmul`, `... quantize`, `... fused_moe`, and
+`... table FILE.jsonl` for what they wrote."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pallas_kernels.bench import cases, table
+from pallas_kernels.bench import cases, opponents, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,10 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     if args.command == "table":
-        print(table.markdown(table.read(args.file)))
+        print(table.markdown(table.read(args.file), opponents.read(args.opponents)))
         return 0
     try:
-        return _grouped_matmul(args) if args.command == "grouped_matmul" else _quantize(args)
+        return int(args.bench(args))
     except ValueError as error:
         parser.error(str(error))
 
@@ -33,7 +33,8 @@ def _grouped_matmul(args: argparse.Namespace) -> int:
 
     names = {"default": cases.DEFAULT, "all": cases.ALL}.get(args.cases) or args.cases.split(",")
     chosen = cases.select(names, _integers(args.tokens), routing=args.routing, seed=args.seed)
-    configs, peer_names = read_configs(args.configs), peers.choose(args.peers)
+    configs, peer_names = read_configs(args.configs), peers.choose(args.peers, peers.EVERYTHING)
+    cases.refuse_unknown({"peers": (peer_names, peers.EVERYTHING)})
     if peers.TORCH in peer_names:  # jax, not started yet, would take the memory that torch needs
         os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
@@ -46,18 +47,37 @@ def _grouped_matmul(args: argparse.Namespace) -> int:
 
 
 def _quantize(args: argparse.Namespace) -> int:
-    from pallas_kernels.bench import quantize
+    from pallas_kernels.bench import peers, quantize
 
-    formats = quantize.WEIGHT_FORMATS if args.formats == "all" else args.formats.split(",")
-    chosen = quantize.select(args.models.split(","), formats)
-    peer_names = list(quantize.PEERS) if args.peers == "all" else args.peers.replace("none", "").split(",")
-    peer_names = [name for name in peer_names if name]
-    unknown = [name for name in peer_names if name not in quantize.PEERS]
-    if unknown:
-        raise ValueError(f"unknown peers {', '.join(unknown)}; there are {', '.join(quantize.PEERS)}")
+    models, formats = args.models.split(","), peers.choose(args.formats, quantize.WEIGHT_FORMATS)
+    peer_names = peers.choose(args.peers, quantize.PEERS)
+    cases.refuse_unknown({"models": (models, cases.MODELS), "peers": (peer_names, quantize.PEERS)})
+    chosen = quantize.select(models, formats)
 
     def bench(log: Callable[[str], None]) -> Any:
         return quantize.QuantizeBench(peer_names, log=log, commit=args.commit)
+
+    return _run(chosen, bench, f"{len(chosen)} cases", args)
+
+
+def _fused_moe(args: argparse.Namespace) -> int:
+    from pallas_kernels.bench import layer, layer_peers, peers
+
+    models, schemes = args.models.split(","), peers.choose(args.schemes, layer.SCHEMES)
+    peer_names = peers.choose(args.peers, layer_peers.EVERYTHING)
+    cases.refuse_unknown(
+        {
+            "models": (models, cases.MODELS),
+            "schemes": (schemes, layer.SCHEMES),
+            "peers": (peer_names, layer_peers.EVERYTHING),
+        }
+    )
+    chosen = layer.select(models, schemes, _integers(args.tokens), routing=args.routing, seed=args.seed)
+
+    def bench(log: Callable[[str], None]) -> Any:
+        from pallas_kernels.bench.fused_moe import LayerBench
+
+        return LayerBench(peer_names, xla_seconds=args.xla_seconds, log=log, commit=args.commit)
 
     return _run(chosen, bench, f"{len(chosen)} cases", args)
 
@@ -83,7 +103,7 @@ def _run(
                 out.write(row.to_json() + "\n")
             out.flush()
     log(f"done: {args.out}")
-    print(table.markdown(table.read(args.out)))
+    print(table.markdown(table.read(args.out), opponents.read()))
     return 0 if any_time else 1
 
 
@@ -113,20 +133,28 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     run = commands.add_parser("grouped_matmul", help="measure it beside its peers")
     run.add_argument("--cases", default="default", help="default, all, or names with commas: mixtral, mixtral_w2, ...")
-    run.add_argument("--tokens", default="64,512,4096", help="batch sizes of the models' cases")
-    run.add_argument("--routing", default="uniform", choices=cases.ROUTINGS, help="how tokens choose experts")
-    run.add_argument("--seed", type=int, default=0, help="of routing and data")
-    run.add_argument("--peers", default="all", help="all, none, or names with commas")
     run.add_argument("--configs", help="JSON list of kernel configs, or a file of it; null is the heuristic's choice")
+    run.set_defaults(bench=_grouped_matmul)
     into = commands.add_parser("quantize", help="measure the quantization of whole leaves")
-    into.add_argument("--models", default="mixtral", help="names with commas: " + ", ".join(cases.MODELS))
     into.add_argument("--formats", default="all", help="all, or names of weight formats with commas")
-    into.add_argument("--peers", default="all", help="all, none, or names with commas")
-    for each in (run, into):
+    into.set_defaults(bench=_quantize)
+    layer = commands.add_parser("fused_moe", help="measure a whole routed FFN beside its peers and published opponents")
+    layer.add_argument("--schemes", default="all", help="all, or names with commas: bf16, fp8_block128, ...")
+    layer.add_argument("--xla-seconds", type=float, default=0.2, help="what a call of the peer xla may take")
+    layer.set_defaults(bench=_fused_moe)
+    for each, models in ((into, "mixtral"), (layer, "qwen3-30b,mixtral,dsv3-tp8")):
+        each.add_argument("--models", default=models, help="names with commas: " + ", ".join(cases.MODELS))
+    for each, tokens in ((run, "64,512,4096"), (layer, "16,64,512,4096,16384")):
+        each.add_argument("--tokens", default=tokens, help="batch sizes of the models")
+        each.add_argument("--routing", default="uniform", choices=cases.ROUTINGS, help="how tokens choose experts")
+        each.add_argument("--seed", type=int, default=0, help="of routing and data")
+    for each in (run, into, layer):
+        each.add_argument("--peers", default="all", help="all, none, or names with commas")
         each.add_argument("--commit", help="for the rows, where this is no git checkout")
         each.add_argument("--out", type=Path, required=True, help="JSON lines; rows are appended")
     show = commands.add_parser("table", help="print rows as markdown")
     show.add_argument("file", type=Path)
+    show.add_argument("--opponents", type=Path, default=opponents.H200, help="JSON; for rows of fused_moe")
     return parser
 
 

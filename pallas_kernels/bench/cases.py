@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -103,24 +103,42 @@ def select(names: Sequence[str], tokens: Sequence[int], *, routing: Routing = "u
         both = [functools.partial(_of_model, model, which, num, routing, seed) for which in _SHAPES for num in tokens]
         makers[model] = both
         makers |= {f"{model}_{which}": [make for make in both if make.args[1] == which] for which in _SHAPES}
-    if unknown := [name for name in names if name not in makers]:
-        raise ValueError(f"no cases named {', '.join(map(repr, unknown))}; there are {', '.join(makers)}")
+    refuse_unknown({"cases": (names, makers)})
     return [make() for name in names for make in makers[name]]
 
 
+def refuse_unknown(named: Mapping[str, tuple[Sequence[str], Collection[str]]]) -> None:
+    """Raises ValueError for names that do not exist, all at once.
+
+    Args:
+      named: For each kind of thing, the names that were given and those that there are.
+    """
+    complaints = [
+        f"unknown {kind} {', '.join(map(repr, unknown))}; there are {', '.join(known)}"
+        for kind, (given, known) in named.items()
+        if (unknown := [name for name in given if name not in known])
+    ]
+    if complaints:
+        raise ValueError("\n".join(complaints))
+
+
 def route(model: Model, tokens: int, routing: Routing, seed: int) -> tuple[int, ...]:
-    """Rows of each expert, when each token takes `top_k` different ones."""
-    rows = tokens * model.top_k
+    """Rows of each expert."""
+    ids = route_ids(model, tokens, routing, seed)
+    return tuple(np.bincount(ids.ravel(), minlength=model.num_experts).tolist())
+
+
+def route_ids(model: Model, tokens: int, routing: Routing, seed: int) -> np.ndarray[Any, Any]:
+    """The experts of each token, int32 `[tokens, top_k]`, all of a token different."""
     if routing == "equal":
-        share, rest = divmod(rows, model.num_experts)
-        return tuple(share + (expert < rest) for expert in range(model.num_experts))
+        in_turn = np.arange(tokens * model.top_k, dtype=np.int32) % model.num_experts
+        return in_turn.reshape(tokens, model.top_k)
     rng = np.random.default_rng(seed)
     popularity = np.zeros(model.num_experts)
     if routing == "zipf":  # the expert of rank r is 1/r as popular as the first
         popularity = -np.log(1 + rng.permutation(model.num_experts))
     keys = popularity + rng.gumbel(size=(tokens, model.num_experts))  # the largest are a sample without replacement
-    chosen = np.argpartition(keys, -model.top_k, axis=1)[:, -model.top_k :]
-    return tuple(np.bincount(chosen.ravel(), minlength=model.num_experts).tolist())
+    return np.argpartition(keys, -model.top_k, axis=1)[:, -model.top_k :].astype(np.int32)
 
 
 _SHAPES = ("w13", "w2")

@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, BFloat16
 
-from pallas_kernels.bench.cases import Case
 from pallas_kernels.bench.timing import device_times
 
 COPY_BYTES = 1 << 30  # read, and as many written
 SQUARE = 8192  # M, N and K of the matmul that gives the rate
+
+# Rate of fp8 (and int8) over bf16 MMA, where XLA has no dense fp8 matmul to measure: torch's `_scaled_mm` and matmul of
+# 8192^3 on one cool H200, in TF; the machine of docs/bench/opponents_h200.json.
+EIGHT_BIT_SPEED = 1457 / 792
+
+
+class Work(Protocol):
+    """What a call has to do."""
+
+    @property
+    def min_bytes(self) -> int:
+        """What has to go through device memory."""
+        ...
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations that the result needs; 0 where they do not count."""
+        ...
 
 
 class Floors(NamedTuple):
@@ -23,9 +40,9 @@ class Floors(NamedTuple):
     copy_bytes_per_s: float  # read plus written
     matmul_flops_per_s: float  # dense bf16, XLA
 
-    def roofline_us(self, case: Case) -> float:
-        """The longer of the time for its bytes and the time for its operations."""
-        return 1e6 * max(case.min_bytes / self.copy_bytes_per_s, case.flops / self.matmul_flops_per_s)
+    def roofline_us(self, work: Work, *, speed: float = 1.0) -> float:
+        """The longer of the time for its bytes and the time for its operations, `speed` times as fast as dense bf16."""
+        return 1e6 * max(work.min_bytes / self.copy_bytes_per_s, work.flops / (speed * self.matmul_flops_per_s))
 
 
 def measure_floors() -> Floors:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import pallas_kernels
 from pallas_kernels.bench import gate
 from pallas_kernels.bench.cases import ITEMSIZE, Case
-from pallas_kernels.bench.problem import GroupedMatmul, Problem, free_bytes
+from pallas_kernels.bench.problem import Call, GroupedMatmul, Inputs, Problem, free_bytes
 from pallas_kernels.bench.rows import message
 from pallas_kernels.bench.timing import Times, device_times
 
@@ -32,7 +32,7 @@ class Variant(NamedTuple):
     """One way to call a peer."""
 
     note: str  # its config
-    call: GroupedMatmul
+    call: Call
 
 
 class Ready(NamedTuple):
@@ -51,20 +51,24 @@ class Peer:
     package: str | None = None  # that has to be installed
     why_not: Callable[[Case], str | None] = lambda _: None  # why it is left out of a case
 
-    def weights(self, problem: Problem) -> tuple[jax.Array, ...]:
-        """In its layout."""
-        return problem.weights if self.layout == "nk" else problem.weights_kn
+    def inputs(self, problem: Problem) -> Inputs:
+        """With weights in its layout."""
+        return problem.inputs if self.layout == "nk" else problem.inputs_kn
+
+    def refuse(self, *cases: Case) -> None:
+        """Raises RuntimeError where it is not there, or would not fit."""
+        if self.package is not None and not installed(self.package):
+            raise RuntimeError(f"{self.package} is not installed")
+        for case in cases:
+            if (reason := self.why_not(case)) is not None:
+                raise RuntimeError(reason)
 
 
-def choose(names: str) -> list[str]:
-    """The peers that `all`, `none` or a list with commas stands for; ValueError names the unknown ones."""
-    everything = [*PEERS, TORCH]
+def choose(names: str, known: Iterable[str]) -> list[str]:
+    """What `all`, `none` or a list with commas stands for."""
     if names in ("all", "none"):
-        return everything if names == "all" else []
-    chosen = names.split(",")
-    if unknown := [name for name in chosen if name not in everything]:
-        raise ValueError(f"no peers named {', '.join(map(repr, unknown))}; there are {', '.join(everything)}")
-    return chosen
+        return list(known) if names == "all" else []
+    return names.split(",")
 
 
 def installed(package: str) -> bool:
@@ -79,19 +83,21 @@ def prepare(name: str, problem: Problem, expected: jax.Array) -> Ready:
       RuntimeError: it is not there, would not fit, or no variant works; the message has the reason of each.
     """
     peer = PEERS[name]
-    if peer.package is not None and not installed(peer.package):
-        raise RuntimeError(f"{peer.package} is not installed")
-    if (reason := peer.why_not(problem.case)) is not None:
-        raise RuntimeError(reason)
+    peer.refuse(problem.case)
+    return fastest(peer.variants(problem.case), peer.inputs(problem), expected)
+
+
+def fastest(
+    variants: Iterable[Variant], inputs: Inputs, expected: jax.Array, limits: gate.Limits = gate.OF_A_MATMUL
+) -> Ready:
+    """The fastest right one; RuntimeError with the reason of each where there is none."""
     start, found, failed = time.monotonic(), list[tuple[float, Ready]](), list[str]()
-    weights = peer.weights(problem)
-    for variant in peer.variants(problem.case):
+    for variant in variants:
         if found and time.monotonic() - start > SEARCH_SECONDS:
             break
-        call = jax.jit(variant.call)
-        run = problem.turns(call, weights)
+        run = inputs.turns(jax.jit(variant.call))
         try:
-            gate.check(call, problem, weights, expected)
+            gate.check(run, expected, limits)
             times = device_times({"": run}, SEARCH_REPETITIONS)[""]
         except Exception as error:  # one config of a search
             failed.append(f"{variant.note} {message(error)}".strip())
@@ -179,3 +185,4 @@ PEERS = {
     "ragged_dot": Peer(variants=_ragged_dot, layout="kn", why_not=_ragged_dot_too_large),
     "xla": Peer(variants=_xla),
 }
+EVERYTHING = (*PEERS, TORCH)

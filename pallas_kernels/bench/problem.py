@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,22 @@ COLD_BYTES = 3 * L2_BYTES  # reading so much else leaves nothing of an array in 
 MAX_COPIES = 4
 WEIGHTS_SHARE = 0.25  # of the device's memory that the copies may take; the peers' layout takes as much again
 
-GroupedMatmul = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # x, weights, group sizes -> result
+# x, weights, integers that say which weights are whose -> result; x and weights may be of several arrays
+Call = Callable[[Any, Any, jax.Array], jax.Array]
+GroupedMatmul = Call  # x, weights, group sizes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a `Call` is given: the weights of the first turn, or, in later ones, others in other places."""
+
+    x: Any
+    weights: tuple[Any, ...]
+    integers: Int32[Array, "..."]
+
+    def turns(self, call: Call) -> Callable[[int], jax.Array]:
+        """Runs a call on the weights of a turn."""
+        return lambda turn: call(self.x, self.weights[turn % len(self.weights)], self.integers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,22 +46,24 @@ class Problem:
     weights: tuple[BFloat16[Array, "E N K"], ...]
     group_sizes: Int32[Array, " E"]
 
-    @functools.cached_property
-    def weights_kn(self) -> tuple[BFloat16[Array, "E K N"], ...]:
-        """The weights in the layout of `jax.lax.ragged_dot`."""
-        return tuple(jax.block_until_ready(jnp.swapaxes(w, 1, 2)) for w in self.weights)
+    @property
+    def inputs(self) -> Inputs:
+        """Of a call."""
+        return Inputs(x=self.x, weights=self.weights, integers=self.group_sizes)
 
-    def turns(self, call: GroupedMatmul, weights: tuple[jax.Array, ...]) -> Callable[[int], jax.Array]:
-        """Runs a call on the weights of a turn."""
-        return lambda turn: call(self.x, weights[turn % len(weights)], self.group_sizes)
+    @functools.cached_property
+    def inputs_kn(self) -> Inputs:
+        """With weights in the layout of `jax.lax.ragged_dot`, `[E, K, N]`."""
+        weights = tuple(jax.block_until_ready(jnp.swapaxes(w, 1, 2)) for w in self.weights)
+        return dataclasses.replace(self.inputs, weights=weights)
 
 
 def make_problem(case: Case) -> Problem:
     """Draws `x` and weights from a normal distribution, the weights' scaled so that results are of size one."""
     x_key, w_key = jax.random.split(jax.random.key(case.seed))
     num_experts = len(case.group_sizes)
-    x = _normal(x_key, (case.m, case.k), 1.0)
-    first = _normal(w_key, (num_experts, case.n, case.k), 1 / math.sqrt(case.k))
+    x = normal(x_key, (case.m, case.k), 1.0)
+    first = normal(w_key, (num_experts, case.n, case.k), 1 / math.sqrt(case.k))
     copies = num_copies(case.hit_weight_bytes, first.nbytes, memory_limit_bytes())
     weights = (first, *(jnp.roll(first, shift, axis=0) for shift in range(1, copies)))
     problem = Problem(case=case, x=x, weights=weights, group_sizes=jnp.array(case.group_sizes, jnp.int32))
@@ -72,6 +90,7 @@ def free_bytes() -> int | None:
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
+def normal(key: jax.Array, shape: tuple[int, ...], scale: float) -> BFloat16[Array, "..."]:
+    """Draws from a normal distribution of this standard deviation."""
     drawn: jax.Array = jax.random.normal(key, shape, jnp.bfloat16) * jnp.bfloat16(scale)
     return drawn

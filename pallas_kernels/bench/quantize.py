@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import importlib.util
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.bench import rows, timing
+from pallas_kernels.bench import peers, runner, timing
 from pallas_kernels.bench.cases import ITEMSIZE, MODELS
-from pallas_kernels.bench.floors import Floors, measure_floors
-from pallas_kernels.bench.rows import Row, message
+from pallas_kernels.bench.rows import Row
 from pallas_kernels.formats import FORMATS, Format, QuantizedArray, get_format
 from pallas_kernels.implementations import NATIVE
 from pallas_kernels.quantize import kernel_for, matrix_amax, quantize, quantize_into
 
-CPU_BYTES = 1e8  # of the source; larger cases are not run without an accelerator
 WEIGHT_FORMATS = tuple(name for name, fmt in FORMATS.items() if "weight" in fmt.roles)
 
 
@@ -37,22 +33,24 @@ class QuantizeCase(NamedTuple):
         return f"{self.leaf}_{self.format}"
 
     @property
-    def source_bytes(self) -> int:
+    def array_bytes(self) -> int:
         """Of the leaf in bf16."""
         e, s, n, k = self.shape
         return e * s * n * k * ITEMSIZE
 
     @property
+    def flops(self) -> int:
+        """They do not count."""
+        return 0
+
+    @property
     def min_bytes(self) -> int:
         """Read once and written once."""
-        return self.source_bytes + self.format.stored_bytes(self.shape)
+        return self.array_bytes + self.format.stored_bytes(self.shape)
 
 
 def select(models: Sequence[str], formats: Sequence[str]) -> list[QuantizeCase]:
-    """The leaves of these models in these formats; ValueError for names that do not exist."""
-    unknown = [name for name in models if name not in MODELS]
-    if unknown:
-        raise ValueError(f"unknown models {', '.join(unknown)}; there are {', '.join(MODELS)}")
+    """The leaves of these models in these formats, all known."""
     chosen = [get_format(name, role="weight") for name in formats]
     leaves = {}
     for name in models:
@@ -84,8 +82,8 @@ def through_qwix(case: QuantizeCase) -> Call:
 PEERS: dict[str, Callable[[QuantizeCase], Call]] = {"xla": through_xla, "qwix": through_qwix}
 
 
-class QuantizeBench:
-    """Runs cases one after the other; floors are measured once.
+class QuantizeBench(runner.Runner[QuantizeCase]):
+    """Each leaf in each format.
 
     Args:
       peer_names: Of `PEERS`; those that are not installed say so in the rows.
@@ -94,81 +92,37 @@ class QuantizeBench:
     """
 
     def __init__(self, peer_names: Sequence[str], *, log: Callable[[str], None], commit: str | None) -> None:
-        self._peer_names, self._log = peer_names, log
-        self._platform: str = jax.devices()[0].platform
-        self._provenance = rows.provenance(commit)
-        self._floors: Floors | None = None
+        super().__init__(log=log, commit=commit)
+        self._peer_names = peer_names
 
-    def run(self, cases: Sequence[QuantizeCase]) -> Iterator[list[Row]]:
-        """The row of each case, as soon as it is finished."""
-        if self._platform == "gpu":
-            self._floors = measure_floors()
-        for case in cases:
-            start = time.monotonic()
-            shape = dict(zip(("num_experts", "halves", "n", "k"), case.shape, strict=True))
-            row = Row(
-                case=case.name,
-                op="quantize_into",
-                impl="xla",
-                shape=shape | {"format": str(case.format)},
-            )
-            row = dataclasses.replace(row, **self._provenance)
-            try:
-                self._case(case, row)
-            except Exception as error:  # such as too little memory: the other cases go on
-                row.failure = message(error)
-            time_us = row.failure or f"{row.us or row.wall_us:.0f} us{'' if row.us else ' by the host clock'}"
-            self._log(f"{case.name}: {time_us} ({time.monotonic() - start:.1f} s)")
-            yield [row]
+    def _rows(self, case: QuantizeCase) -> list[Row]:
+        shape = dict(zip(("num_experts", "halves", "n", "k"), case.shape, strict=True))
+        return [self._row("quantize_into", case, shape | {"format": str(case.format)})]
 
-    def _case(self, case: QuantizeCase, row: Row) -> None:
-        if self._platform == "cpu" and case.source_bytes > CPU_BYTES:
-            raise RuntimeError(
-                f"no accelerator: a CPU runs cases of up to {CPU_BYTES / 1e6:.0f} MB, and this has "
-                f"{case.source_bytes / 1e6:.0f}"
-            )
+    def _case(self, case: QuantizeCase, found: list[Row]) -> None:
+        (row,) = found
         x = jax.random.normal(jax.random.key(0), case.shape, jnp.bfloat16) * 0.02
         ours = _InPlace(case, x)
-        if kernel_for(ours.leaf, x) is not None:
-            row.impl = NATIVE[self._platform]
+        row.impl = "xla" if kernel_for(ours.leaf, x) is None else NATIVE[self._platform]
         row.error = _share_of_other_bits(ours.leaf, jax.jit(through_xla(case))(x))
         if row.error:
             raise RuntimeError(f"{row.error:.1e} of the bytes are not those of the definition")
-        if self._platform != "gpu":
-            row.wall_us, row.best = timing.wall_us(ours.run), True
-            return
-        peers = self._peers(case, x, row)
-        before = rows.clocks()
-        times = timing.device_times({"": ours.run, **peers})
-        row.clocks = {"before": before, "after": rows.clocks()}
-        for name in peers:
-            found = times[name]
-            if isinstance(found, Exception):
-                row.peer_notes[name] = message(found)
-            row.peers[name] = None if isinstance(found, Exception) else found.us
-        own = times[""]
-        if isinstance(own, Exception):
-            raise own
-        for name, value in own._asdict().items():
-            setattr(row, name, value)
-        row.best, row.tb_per_s = True, case.min_bytes / own.us / 1e6
-        if self._floors is not None:
-            row.copy_tb_per_s = self._floors.copy_bytes_per_s / 1e12
-            row.matmul_tflops = self._floors.matmul_flops_per_s / 1e12
-            row.roofline_us = 1e6 * case.min_bytes / self._floors.copy_bytes_per_s
+        if self._platform == "gpu":
+            others = runner.PeerTimes()
+            ready = self._ready_peers(case, self._peer_names, functools.partial(_prepare, case=case, x=x), others)
+            runner.time_in_turn([(row, ours.run)], ready, others)
+            self._compare(case, found, others)
+        else:
+            row.wall_us = timing.wall_us(ours.run)
+        row.best = row.failure is None
 
-    def _peers(self, case: QuantizeCase, x: jax.Array, row: Row) -> Mapping[str, timing.Run]:
-        ready: dict[str, timing.Run] = {}
-        for name in self._peer_names:
-            try:
-                if name != "xla" and importlib.util.find_spec(name) is None:
-                    raise RuntimeError(f"{name} is not installed")
-                compiled = jax.jit(PEERS[name](case)).lower(x).compile()
-                jax.block_until_ready(compiled(x))
-                ready[name] = functools.partial(_call, compiled, x)
-            except Exception as error:  # goes to the row
-                row.peers[name], row.peer_notes[name] = None, message(error)
-        return ready
+
+def _prepare(name: str, case: QuantizeCase, x: jax.Array) -> peers.Ready:
+    if name != "xla" and not peers.installed(name):
+        raise RuntimeError(f"{name} is not installed")
+    compiled = jax.jit(PEERS[name](case)).lower(x).compile()
+    jax.block_until_ready(compiled(x))
+    return peers.Ready(functools.partial(_call, compiled, x), "")
 
 
 def _call(compiled: Call, x: jax.Array, _: int) -> Any:

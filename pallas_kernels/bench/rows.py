@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,9 @@ class Row:
     kernel: str | None = None
     num_kernels: int | None = None
     repetitions: int | None = None
+    kernels: Sequence[Sequence[Any]] | None = None  # [name, us] of each, in the middle call
+    temp_bytes: int | None = None  # of the compiled program
+    temp_limit_bytes: int | None = None
     tflops: float | None = None
     tb_per_s: float | None = None  # of the bytes that have to move
     roofline_us: float | None = None
@@ -141,4 +145,6 @@ def _rounded(value: Any) -> Any:
     """Five digits are more than any of these numbers holds."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
     return {key: _rounded(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("case", "config", "us", "us_loop", "floor us", "x floor", "TF", "TB/s", "error")
+from pallas_kernels.bench import opponents
+
 MISSING = "-"
+
+Cells = list[str]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -16,32 +19,70 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> str:
+def markdown(rows: Sequence[dict[str, Any]], against: opponents.Cells | None = None) -> str:
     """One line per row, the best config of a case in bold, one column per peer, and where the rows come from.
 
-    Times are microseconds. Rows that only have the host's clock say so in place of a device time.
+    Times are microseconds. Rows that only have the host's clock say so in place of a device time. Rows of `fused_moe`
+    stand in a table of their own, beside opponents `against` which they are judged.
     """
     if not rows:
         return "no rows"
-    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    lines = [_line([*COLUMNS, *peers]), _line(["---"] * (len(COLUMNS) + len(peers)))]
-    lines += [_line([*_cells(row), *(_number(row["peers"].get(name)) for name in peers)]) for row in rows]
+    layers = [row for row in rows if row["op"] == "fused_moe"]
+    others = [row for row in rows if row["op"] != "fused_moe"]
+    tables = [_table(others, OPERATION, _of_operation)] if others else []
+    if layers:
+        tables.append(_table(layers, LAYER, lambda row: _of_layer(row, against or {})))
     failures = [f"* {row['case']} {_config(row)}: {row['failure']}" for row in rows if row["failure"]]
     sources = dict.fromkeys(_source(row) for row in rows)
-    return "\n".join([*lines, "", *failures, *([""] if failures else []), *sources])
+    return "\n".join([*"\n\n".join(tables).splitlines(), "", *failures, *([""] if failures else []), *sources])
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], cells: Callable[[dict[str, Any]], Cells]) -> str:
+    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    lines = [_line([*columns, *peers]), _line(["---"] * (len(columns) + len(peers)))]
+    lines += [_line([*cells(row), *(_number(row["peers"].get(name)) for name in peers)]) for row in rows]
+    return "\n".join(lines)
+
+
+TIMES = ("us", "us_loop", "floor us", "x floor")
+OPERATION = ("case", "config", *TIMES, "TF", "TB/s", "error")
+LAYER = ("case", *TIMES, "opponent x its floor", "goal x floor", "verdict", "kernels", "temp MB", "limit MB", "error")
+
+
+def _of_operation(row: dict[str, Any]) -> Cells:
+    return [row["case"], _config(row), *_times(row), _number(row["tflops"]), _number(row["tb_per_s"]), _error(row)]
+
+
+def _of_layer(row: dict[str, Any], against: opponents.Cells) -> Cells:
+    cell = opponents.find(row, against)
+    opponent = goal = MISSING
+    if cell is not None and cell.ratio is not None:
+        opponent, goal = f"{_ratio(cell.ratio)} {cell.name}", _ratio(cell.goal_ratio)
+    verdict = opponents.verdict(row, cell) or MISSING
+    memory = (_megabytes(row[name]) for name in ("temp_bytes", "temp_limit_bytes"))
+    return [row["case"], *_times(row), opponent, goal, verdict, _number(row["num_kernels"]), *memory, _error(row)]
+
+
+def _times(row: Mapping[str, Any]) -> Cells:
     us, floor = row["us"], row["roofline_us"]
     time = _number(us)
     if us is None and row["wall_us"] is not None:
         time = f"({_number(row['wall_us'])} host clock)"
     if row["best"]:
         time = f"**{time}**"
-    ratio = MISSING if us is None or floor is None else f"{us / floor:.2f}"
-    error = MISSING if row["error"] is None else f"{row['error']:.1e}"
-    times = [time, _number(row["us_loop"]), _number(floor), ratio]
-    return [row["case"], _config(row), *times, _number(row["tflops"]), _number(row["tb_per_s"]), error]
+    return [time, _number(row["us_loop"]), _number(floor), _ratio(None if us is None or floor is None else us / floor)]
+
+
+def _error(row: Mapping[str, Any]) -> str:
+    return MISSING if row["error"] is None else f"{row['error']:.1e}"
+
+
+def _ratio(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
+
+
+def _megabytes(value: int | None) -> str:
+    return MISSING if value is None else _number(value / 1e6)
 
 
 def _config(row: dict[str, Any]) -> str:

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.bench.problem import GroupedMatmul, Problem
+from pallas_kernels.bench.problem import Call, Inputs
 
 FLUSH_BYTES = 256 << 20
 REPETITIONS = 30
 FEW, FEW_US = 5, 2e6  # a slow call is repeated less: this often, or until it has taken this long
 LOOP_US, MAX_ITERATIONS, LOOP_RUNS = 40e3, 2000, 3
+MAX_LISTED = 64  # kernels of a call; one that launches more is not described by listing them
 
 Run = Callable[[int], Any]  # runs a call, on the weights of this turn, and returns its result
 
@@ -40,6 +41,7 @@ class Times(NamedTuple):
     kernel: str
     num_kernels: int
     repetitions: int
+    kernels: tuple[tuple[str, float], ...]  # of the middle call, in order: name and time
 
 
 class Kernels(NamedTuple):
@@ -80,7 +82,8 @@ def summary(samples: Sequence[Kernels]) -> Times:
     middle = samples[int(np.argsort(totals)[len(totals) // 2])]
     kernel = middle.names[int(np.argmax(middle.durations_us))]
     own = [sum(us for name, us in zip(*sample, strict=True) if name == kernel) for sample in samples]
-    return Times(median, p10, p90, statistics.median(own), kernel, len(middle.names), len(samples))
+    listed = tuple(zip(*middle, strict=True))[:MAX_LISTED]
+    return Times(median, p10, p90, statistics.median(own), kernel, len(middle.names), len(samples), listed)
 
 
 def kernel_recorder() -> Callable[[Callable[[], Any]], Kernels]:
@@ -116,39 +119,40 @@ def l2_flush() -> Callable[[], None]:
     return flush
 
 
-def loop_us(call: GroupedMatmul, problem: Problem, *, expected_us: float) -> float:
+def loop_us(call: Call, inputs: Inputs, *, expected_us: float) -> float:
     """Time per call inside one program that does nothing else, by the host's clock.
 
     Args:
       call: Traceable.
-      problem: Its arrays; the weights are used in turn.
+      inputs: Its weights are used in turn.
       expected_us: About what a call takes, to choose how many there are.
     """
-    num_weights = len(problem.weights)
+    num_weights = len(inputs.weights)
     iterations = int(np.clip(LOOP_US / expected_us / num_weights, 2, MAX_ITERATIONS))
-    arguments = (problem.x, problem.weights, problem.group_sizes, jnp.zeros(num_weights + 1, jnp.int32))
+    arguments = (inputs.x, inputs.weights, inputs.integers, jnp.zeros(num_weights + 1, jnp.int32))
     compiled = jax.jit(loop_program(call, iterations)).lower(*arguments).compile()
     return wall_us(lambda _: compiled(*arguments), repetitions=LOOP_RUNS) / (iterations * num_weights)
 
 
-def loop_program(call: GroupedMatmul, iterations: int) -> Callable[..., Sequence[jax.Array]]:
+def loop_program(call: Call, iterations: int) -> Callable[..., Sequence[jax.Array]]:
     """`iterations` times the call on each of the weights; the last argument is zeros that XLA does not know to be zero.
 
     They keep it from hoisting a call out of the loop, and, with each call waiting for the one before it, from sharing
-    between two what depends on the sizes alone.
+    between two what depends on the integers alone, or, behind a barrier, on `x` alone.
     """
 
-    def loop(x: jax.Array, weights: Sequence[jax.Array], sizes: jax.Array, zeros: jax.Array) -> Sequence[jax.Array]:
+    def loop(x: Any, weights: Sequence[Any], integers: jax.Array, zeros: jax.Array) -> Sequence[jax.Array]:
         def body(_: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             zero, outs = carry[0], list[jax.Array]()
             for i, w in enumerate(weights):
                 shift = zero + zeros[i]
                 if outs:
                     shift = shift * (outs[-1][0, 0] > 0).astype(jnp.int32)
-                outs.append(call(x, w, sizes + shift))
+                same_x, shift = lax.optimization_barrier((x, shift))
+                outs.append(call(same_x, w, integers + shift))
             return zero + zeros[-1], tuple(outs)
 
-        out = jax.eval_shape(call, x, weights[0], sizes)
+        out = jax.eval_shape(call, x, weights[0], integers)
         start = zeros[0], tuple(jnp.zeros(out.shape, out.dtype) for _ in weights)
         outs: Sequence[jax.Array] = lax.fori_loop(0, iterations, body, start)[1]
         return outs

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import floors, grouped_matmul, peers, table, timing
+from pallas_kernels.bench import floors, grouped_matmul, peers, runner, table, timing
 from pallas_kernels.bench.floors import Floors
 
 
@@ -67,7 +67,7 @@ def test_the_path_of_a_gpu(out, monkeypatch):
     monkeypatch.setattr(timing, "REPETITIONS", 3)
     monkeypatch.setattr(timing, "LOOP_US", 500)
     monkeypatch.setattr(timing, "l2_flush", lambda: lambda: None)
-    monkeypatch.setattr(grouped_matmul, "measure_floors", lambda: Floors(1e9, 1e9))
+    monkeypatch.setattr(runner, "measure_floors", lambda: Floors(1e9, 1e9))
     monkeypatch.setattr(grouped_matmul, "TorchPeer", Torch)
     monkeypatch.setitem(peers.PEERS, "broken", peers.Peer(variants=broken))
     names = ["ragged_dot", "broken", "tokamax", peers.TORCH]
@@ -107,8 +107,8 @@ def test_table(out, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--peers", "nobody"], "no peers named 'nobody'"),
-        (["--cases", "nobody"], "no cases named 'nobody'"),
+        (["--peers", "nobody"], "unknown peers 'nobody'"),
+        (["--cases", "nobody"], "unknown cases 'nobody'"),
         (["--tokens", "0"], "must be positive"),
         (["--peers", "none", "--configs", "[3]"], "must be a JSON list"),
     ],

@@ -1,5 +1,6 @@
 """The parts of the bench on a CPU: cases, the check before timing, timing's arithmetic, floors, rows."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,7 +12,7 @@ import definition
 from pallas_kernels import grouped_matmul
 from pallas_kernels.bench import cases, gate, peers, rows, timing
 from pallas_kernels.bench.floors import Floors
-from pallas_kernels.bench.problem import MAX_COPIES, Problem, make_problem, num_copies
+from pallas_kernels.bench.problem import MAX_COPIES, make_problem, num_copies
 from pallas_kernels.bench.torch_peer import TorchPeer
 from tolerance import assert_close
 
@@ -81,8 +82,8 @@ def test_weights_take_several_places():
 def test_problem(problem):
     first, second = problem.weights[:2]
     np.testing.assert_array_equal(np.asarray(second), np.roll(np.asarray(first), 1, axis=0))
-    assert problem.weights_kn[1].shape == (4, 128, 192)
-    assert problem.weights_kn[1] is problem.weights_kn[1]
+    assert problem.inputs_kn.weights[1].shape == (4, 128, 192)
+    assert problem.inputs_kn is problem.inputs_kn
     assert 0.9 < float(jnp.std(problem.x.astype(jnp.float32))) < 1.1
 
 
@@ -93,8 +94,8 @@ def test_reference_is_the_definition(problem):
 
 
 def test_gate_passes_what_is_right(problem):
-    errors = gate.check(jax.jit(grouped_matmul), problem, problem.weights, gate.reference(problem))
-    assert 1e-3 < errors.batch <= gate.BATCH_LIMIT  # the rounding of the output to bf16
+    errors = gate.check(problem.inputs.turns(jax.jit(grouped_matmul)), gate.reference(problem))
+    assert 1e-3 < errors.batch <= gate.OF_A_MATMUL.batch  # the rounding of the output to bf16
 
 
 def rotated(x, w, sizes):
@@ -112,13 +113,13 @@ def one_nan(x, w, sizes):
 @pytest.mark.parametrize("wrong", [rotated, one_bad_row, one_nan])
 def test_gate_notices(wrong, problem):
     with pytest.raises(gate.WrongResult, match="relative L2 error"):
-        gate.check(wrong, problem, problem.weights, gate.reference(problem))
+        gate.check(problem.inputs.turns(wrong), gate.reference(problem))
 
 
 def test_gate_knows_when_it_proves_nothing(problem):
-    same = (problem.weights[0],) * 2
+    same = dataclasses.replace(problem.inputs, weights=(problem.weights[0],) * 2)
     with pytest.raises(gate.WrongResult, match="proves nothing"):
-        gate.check(grouped_matmul, problem, same, gate.reference(problem))
+        gate.check(same.turns(grouped_matmul), gate.reference(problem))
 
 
 def test_rows_that_should_be_zero():
@@ -133,6 +134,7 @@ def test_times_of_calls():
     times = timing.summary(samples)
     assert (times.us, times.us_kernel, times.kernel) == (23.0, 20.0, "main")
     assert (times.num_kernels, times.repetitions) == (3, 3)
+    assert times.kernels == (("plan", 1.0), ("main", 20.0), ("plan", 2.0))  # of the middle call
     assert 13.0 < times.us_p10 < times.us < times.us_p90 < 33.0
 
 
@@ -164,7 +166,7 @@ def test_without_a_profiler_each_call_has_the_reason(monkeypatch):
 
 def test_loop_runs_each_call(problem):
     """Nothing is hoisted out of the loop or merged: the program that XLA made multiplies as often as asked."""
-    small = Problem(case=problem.case, x=problem.x, weights=problem.weights[:2], group_sizes=problem.group_sizes)
+    small = dataclasses.replace(problem.inputs, weights=problem.weights[:2])
     calls = []
 
     def call(x, w, sizes):
@@ -203,11 +205,11 @@ def test_message_is_one_short_line():
 
 
 def test_choice_of_peers():
-    assert peers.choose("none") == []
-    assert peers.TORCH in peers.choose("all")
-    assert peers.choose("xla,ragged_dot") == ["xla", "ragged_dot"]
-    with pytest.raises(ValueError, match=r"'them'.*ragged_dot_mgpu"):
-        peers.choose("xla,them")
+    assert peers.choose("none", peers.EVERYTHING) == []
+    assert peers.choose("all", peers.EVERYTHING) == [*peers.PEERS, peers.TORCH]
+    assert peers.choose("xla,them", peers.EVERYTHING) == ["xla", "them"]
+    with pytest.raises(ValueError, match=r"unknown peers 'them', 'us'; there are a\nunknown models 'gpt'; there are b"):
+        cases.refuse_unknown({"peers": (["them", "us"], ["a"]), "models": (["gpt"], ["b"]), "schemes": (["c"], "c")})
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU has a time to tell")

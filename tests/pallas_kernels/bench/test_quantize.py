@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pallas_kernels.bench import __main__ as command
-from pallas_kernels.bench import quantize, timing
+from pallas_kernels.bench import quantize, runner, timing
 from pallas_kernels.bench.floors import Floors
 
 
@@ -32,7 +32,7 @@ def test_the_path_of_a_gpu(monkeypatch):
     monkeypatch.setattr(timing, "kernel_recorder", recorder)
     monkeypatch.setattr(timing, "REPETITIONS", 3)
     monkeypatch.setattr(timing, "l2_flush", lambda: lambda: None)
-    monkeypatch.setattr(quantize, "measure_floors", lambda: Floors(1e9, 1e9))
+    monkeypatch.setattr(runner, "measure_floors", lambda: Floors(1e9, 1e9))
     bench = quantize.QuantizeBench(["xla", "qwix"], log=lambda line: None, commit=None)
     bench._platform = "gpu"
     ((row,),) = bench.run(quantize.select(["tiny"], ["fp8_per_block"])[:1])
@@ -57,9 +57,9 @@ def test_other_bits_are_no_result(monkeypatch):
 
 def test_bad_names(tmp_path, capsys):
     for arguments, words in (
-        (["--models", "gpt"], "unknown models gpt; there are"),
+        (["--models", "gpt"], "unknown models 'gpt'; there are"),
         (["--formats", "fp3"], "unknown weight format 'fp3'"),
-        (["--peers", "magic"], "unknown peers magic; there are xla, qwix"),
+        (["--peers", "magic"], "unknown peers 'magic'; there are xla, qwix"),
     ):
         with pytest.raises(SystemExit):
             command.main(["quantize", *arguments, "--out", str(tmp_path / "rows")])
