@@ -83,6 +83,7 @@ def reasons() -> str:
     lines = []
     for name in IMPLEMENTATIONS:
         found = [refusal(name, *pair) for pair in PAIRS]
+        found = [reason and reason.split("; not ")[0] for reason in found]  # without the names of a pair
         refused = [f"; {found.count(reason)} not: {reason}" for reason in dict.fromkeys(found) if reason is not None]
         lines.append(f"- `{name}`: {found.count(None)} of {len(PAIRS)} pairs{''.join(refused)}")
     return "\n".join(lines)
