@@ -107,31 +107,26 @@ def sort_by_expert(
     call, kernel = OrderCall(ids=ids, num_experts=num_experts), None
     if implementation in (None, *KERNELS):
         kernel = choose("sort_by_expert", None, KERNELS, call, warn=False)
+    index, pairs, plan = lax.iota(jnp.int32, ids.shape[0]), None, None
     if kernel is not None:
-        order = kernel.run(call)
-        pairs = jnp.zeros_like(ids).at[order.rows].set(lax.iota(jnp.int32, ids.shape[0]), unique_indices=True)
-        return ExpertOrder(
-            tokens=pairs // top_k,
-            rows=order.rows.reshape(num_tokens, top_k),
-            routed=routed.reshape(num_tokens, top_k),
-            group_sizes=order.group_sizes,
-            metadata=GroupMetadata(group_starts=order.group_starts, plan=order.plan),
-        )
-    keys = jnp.where(routed, ids, jnp.full_like(ids, num_experts))
-    index = lax.iota(jnp.int32, ids.shape[0])
-    if target_device().platform == "gpu":
-        rows, bounds = counted(keys if expert_map is None else lax.optimization_barrier(keys), num_experts)
-        pairs = jnp.zeros_like(index).at[rows].set(index, unique_indices=True)
+        rows, starts, sizes, plan = kernel.run(call)
     else:
-        keys, pairs = lax.sort((keys, index), num_keys=1, is_stable=True)
-        rows = jnp.zeros_like(index).at[pairs].set(index, unique_indices=True)
-        bounds = jnp.searchsorted(keys, lax.iota(jnp.int32, num_experts + 1)).astype(jnp.int32)
+        keys = jnp.where(routed, ids, jnp.full_like(ids, num_experts))
+        if target_device().platform == "gpu":
+            rows, bounds = counted(keys if expert_map is None else lax.optimization_barrier(keys), num_experts)
+        else:
+            keys, pairs = lax.sort((keys, index), num_keys=1, is_stable=True)
+            rows = jnp.zeros_like(index).at[pairs].set(index, unique_indices=True)
+            bounds = jnp.searchsorted(keys, lax.iota(jnp.int32, num_experts + 1)).astype(jnp.int32)
+        starts, sizes = bounds[:-1], bounds[1:] - bounds[:-1]
+    if pairs is None:
+        pairs = jnp.zeros_like(index).at[rows].set(index, unique_indices=True)
     return ExpertOrder(
         tokens=pairs // top_k,
         rows=rows.reshape(num_tokens, top_k),
         routed=routed.reshape(num_tokens, top_k),
-        group_sizes=bounds[1:] - bounds[:-1],
-        metadata=GroupMetadata(group_starts=bounds[:-1]),
+        group_sizes=sizes,
+        metadata=GroupMetadata(group_starts=starts, plan=plan),
     )
 
 

@@ -11,6 +11,7 @@ import definition
 from by_name import by_name
 from codes import PAIRS, real
 from pallas_kernels import QuantizedArray, fused_moe, grouped_matmul, quantize
+from random_groups import random_groups
 from tolerance import assert_close, assert_same_bits
 
 pytestmark = [
@@ -31,11 +32,7 @@ def random_problem(seed, pair):
     """Shapes, sizes of groups (skewed, with empty ones and rows of no expert) and codes."""
     rng = np.random.default_rng(seed)
     m, n, k = int(rng.integers(1, 1500)), 128 * int(rng.integers(1, 13)), 128 * int(rng.integers(1, 13))
-    groups = int(rng.integers(1, 33))
-    offset = int(rng.integers(0, groups)) if rng.random() < 0.3 else None
-    experts = groups if offset is None else int(rng.integers(1, groups - offset + 1))
-    share = rng.dirichlet(np.full(groups + 1, rng.choice([0.1, 1.0, 10.0])))
-    sizes = np.bincount(rng.choice(groups + 1, size=m, p=share), minlength=groups + 1)[:groups].astype(np.int32)
+    experts, sizes, offset = random_groups(rng, m)
     x = rng.standard_normal((m, k)) * np.exp2(rng.integers(-4, 4, (m, k // 128)).repeat(128, axis=1))
     w = rng.standard_normal((experts, n, k)) * np.exp2(rng.integers(-4, 4, (experts, n, 1))) / np.sqrt(k)
     x, w = (jnp.asarray(a, jnp.float32).astype(jnp.bfloat16) for a in (x, w))

@@ -7,6 +7,7 @@ import pytest
 
 import definition
 from pallas_kernels import Activation, fused_moe, grouped_matmul
+from random_groups import random_groups
 from tolerance import assert_close, assert_same_bits
 
 pytestmark = [
@@ -21,11 +22,7 @@ def random_problem(seed):
     """Shapes, sizes of groups (skewed, with empty ones and rows of no expert) and operands."""
     rng = np.random.default_rng(seed)
     m, n, k = int(rng.integers(1, 1500)), 64 * int(rng.integers(2, 17)), 64 * int(rng.integers(1, 17))
-    groups = int(rng.integers(1, 33))
-    offset = int(rng.integers(0, groups)) if rng.random() < 0.3 else None
-    experts = groups if offset is None else int(rng.integers(1, groups - offset + 1))
-    share = rng.dirichlet(np.full(groups + 1, rng.choice([0.1, 1.0, 10.0])))
-    sizes = np.bincount(rng.choice(groups + 1, size=m, p=share), minlength=groups + 1)[:groups].astype(np.int32)
+    experts, sizes, offset = random_groups(rng, m)
     x, w = (rng.standard_normal(shape).astype(jnp.bfloat16) for shape in ((m, k), (experts, n, k)))
     return x, w, sizes, offset
 
