@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.formats import Format, QuantizedArray
+from pallas_kernels.fused_moe.experts import ExpertsCall
 from pallas_kernels.fused_moe.pipeline import (
     Prepared,
     finalize,
@@ -19,7 +20,6 @@ from pallas_kernels.fused_moe.pipeline import (
     prepare,
     prepare_all,
     run_experts,
-    second_matmul,
 )
 from pallas_kernels.grouped_matmul.call import dispatch
 from pallas_kernels.grouped_matmul.operands import result_dtype
@@ -132,8 +132,10 @@ def _run_straight_through(static: Static, arrays: Arrays) -> jax.Array:
     assert isinstance(prepared.rows, jax.Array)
     rows = zero_rows_of_none(prepared.rows, prepared.order.group_sizes) if fmt.whole_matrix else prepared.rows
     prepared = dataclasses.replace(prepared, rows=fake_quantize(rows, fmt))
-    hidden = dispatch(first_call(prepared, arrays.w13, arrays.w13_bias, static.activation, None), static.implementation)
-    outputs = second_matmul(
-        fake_quantize(hidden, fmt), prepared.order, arrays.w2, arrays.w2_bias, prepared.dtype, static.implementation
-    )
+    first = first_call(prepared, arrays.w13, arrays.w13_bias, static.activation, None)
+    hidden = dispatch(first, static.implementation)
+    assert isinstance(hidden, jax.Array)  # no out_format was given
+    call = ExpertsCall(first=first, w2=arrays.w2, bias=arrays.w2_bias, dtype=prepared.dtype)
+    outputs = dispatch(call.second(fake_quantize(hidden, fmt), static.implementation), static.implementation)
+    assert isinstance(outputs, jax.Array)  # no out_format was given
     return _finalize(outputs, prepared, arrays)

@@ -18,13 +18,17 @@ from jaxtyping import Array, Float, Int32
 from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.bits import rounded
 from pallas_kernels.formats import Format, QuantizedArray, get_format
+from pallas_kernels.fused_moe import experts
 from pallas_kernels.fused_moe.checks import check_experts, check_routing
+from pallas_kernels.fused_moe.experts import ExpertsCall
+from pallas_kernels.fused_moe.prepare_call import sort_and_send
 from pallas_kernels.fused_moe.rows import combine, take_tokens
-from pallas_kernels.grouped_matmul.call import Call, dispatch, served_on_gpu
+from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.grouped_matmul.product import no_gradient
 from pallas_kernels.implementations import Implementation
 from pallas_kernels.quantize.tokens import quantize_tokens, send_tokens
 from pallas_kernels.routing import ExpertOrder, GroupMetadata, sort_by_expert
+from pallas_kernels.routing.groups import ids_here
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -76,12 +80,17 @@ def prepare(
     """
     check_routing(x, topk_weights, topk_ids, expert_map, apply_router_weight_on_input)
     fmt = None if activation_format is None else get_format(activation_format, role="activation")
-    order = sort_by_expert(topk_ids, num_experts, expert_map=expert_map, implementation=implementation)
     weights = topk_weights.astype(jnp.float32)
     if apply_router_weight_on_input:
         x = rounded(x.astype(jnp.float32) * weights, x.dtype)
         weights = jnp.ones_like(weights)
-    rows = _gather(x, order, fmt, implementation)
+    ids = ids_here(topk_ids, expert_map)
+    x = _zero_padding(x, ids, num_experts, fmt)
+    sent = sort_and_send(x, ids, num_experts, fmt, implementation)
+    if sent is None:
+        order = sort_by_expert(topk_ids, num_experts, expert_map=expert_map, implementation=implementation)
+        sent = _gather(x, order, fmt, implementation), order
+    rows, order = sent
     return Prepared(rows=rows, order=order, weights=weights, dtype=np.dtype(x.dtype), activation_format=fmt)
 
 
@@ -131,8 +140,7 @@ def run_experts(
     if w2.shape[0] != num_experts:
         raise ValueError(f"{w2.shape=} has {w2.shape[0]} experts, and the rows were prepared for {num_experts}")
     first = first_call(prepared, w13, w13_bias, activation, prepared.activation_format)
-    hidden = dispatch(first, implementation)
-    return second_matmul(hidden, prepared.order, w2, w2_bias, prepared.dtype, implementation)
+    return experts.run(ExpertsCall(first=first, w2=w2, bias=w2_bias, dtype=prepared.dtype), implementation)
 
 
 def finalize(
@@ -158,14 +166,15 @@ def _gather(x: jax.Array, order: ExpertOrder, fmt: Format | None, implementation
     """The rows of all pairs, each token quantized once however many experts it has."""
     if fmt is None:
         return take_tokens(x, order, implementation)
-    return send_tokens(no_gradient(_zero_padding(x, order, fmt)), order, fmt, implementation)
+    return send_tokens(no_gradient(x), order, fmt, implementation)
 
 
-def _zero_padding(x: jax.Array, order: ExpertOrder, fmt: Format) -> jax.Array:
+def _zero_padding(x: jax.Array, ids: jax.Array, num_experts: int, fmt: Format | None) -> jax.Array:
     """`x`; zero in tokens of no expert where a scale spans them all: their magnitude has no say."""
-    if not fmt.whole_matrix:
+    if fmt is None or not fmt.whole_matrix:
         return x
-    return jnp.where(jnp.any(order.routed, axis=1, keepdims=True), x, jnp.zeros_like(x))
+    routed = (ids >= 0) & (ids < num_experts)
+    return jnp.where(jnp.any(routed, axis=1, keepdims=True), x, jnp.zeros_like(x))
 
 
 def first_call(
@@ -182,27 +191,3 @@ def first_call(
         out_dtype=prepared.dtype,
         out_format=out_format,
     )
-
-
-def second_matmul(
-    hidden: Rows,
-    order: ExpertOrder,
-    w2: Rows,
-    bias: jax.Array | None,
-    dtype: np.dtype[Any],
-    implementation: Implementation | None,
-) -> jax.Array:
-    """The outputs of all rows: in f32, or by Hopper's kernel, which is bound by these bytes, in the dtype of tokens."""
-    call = Call(
-        lhs=hidden,
-        rhs=w2,
-        group_sizes=order.group_sizes,
-        metadata=order.metadata,
-        bias=bias,
-        out_dtype=np.dtype(np.float32),
-    )
-    if served_on_gpu(call, implementation):
-        call = dataclasses.replace(call, out_dtype=dtype)
-    out = dispatch(call, implementation)
-    assert not isinstance(out, QuantizedArray)  # no out_format was given
-    return out

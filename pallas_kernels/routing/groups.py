@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int32
 
 from pallas_kernels.devices import target_device
 from pallas_kernels.implementations import Implementation, choose
-from pallas_kernels.routing.call import KERNELS, OrderCall
+from pallas_kernels.routing.call import KERNELS, Order, OrderCall
 
 if TYPE_CHECKING:
     Leaf = jax.Array
@@ -99,34 +99,53 @@ def sort_by_expert(
     ([0, 0, 1, 1], [[1, 0], [3, 2]], [1, 2])
     """
     num_tokens, top_k = topk_ids.shape
-    ids = topk_ids.reshape(-1)
-    if expert_map is not None:
-        known = (ids >= 0) & (ids < expert_map.shape[0])
-        ids = jnp.where(known, expert_map[jnp.clip(ids, 0, expert_map.shape[0] - 1)], jnp.full_like(ids, -1))
-    routed = (ids >= 0) & (ids < num_experts)
+    ids = ids_here(topk_ids, expert_map).reshape(-1)
     call, kernel = OrderCall(ids=ids, num_experts=num_experts), None
     if implementation in (None, *KERNELS):
         kernel = choose("sort_by_expert", None, KERNELS, call, warn=False)
-    index, pairs, plan = lax.iota(jnp.int32, ids.shape[0]), None, None
     if kernel is not None:
-        rows, starts, sizes, plan = kernel.run(call)
+        return expert_order(ids.reshape(num_tokens, top_k), num_experts, kernel.run(call))
+    routed = (ids >= 0) & (ids < num_experts)
+    keys, index, pairs = (
+        jnp.where(routed, ids, jnp.full_like(ids, num_experts)),
+        lax.iota(jnp.int32, ids.shape[0]),
+        None,
+    )
+    if target_device().platform == "gpu":
+        rows, bounds = counted(keys if expert_map is None else lax.optimization_barrier(keys), num_experts)
     else:
-        keys = jnp.where(routed, ids, jnp.full_like(ids, num_experts))
-        if target_device().platform == "gpu":
-            rows, bounds = counted(keys if expert_map is None else lax.optimization_barrier(keys), num_experts)
-        else:
-            keys, pairs = lax.sort((keys, index), num_keys=1, is_stable=True)
-            rows = jnp.zeros_like(index).at[pairs].set(index, unique_indices=True)
-            bounds = jnp.searchsorted(keys, lax.iota(jnp.int32, num_experts + 1)).astype(jnp.int32)
-        starts, sizes = bounds[:-1], bounds[1:] - bounds[:-1]
+        keys, pairs = lax.sort((keys, index), num_keys=1, is_stable=True)
+        rows = jnp.zeros_like(index).at[pairs].set(index, unique_indices=True)
+        bounds = jnp.searchsorted(keys, lax.iota(jnp.int32, num_experts + 1)).astype(jnp.int32)
+    found = Order(rows, bounds[:-1], bounds[1:] - bounds[:-1], None)
+    return expert_order(ids.reshape(num_tokens, top_k), num_experts, found, pairs)
+
+
+def ids_here(
+    topk_ids: Int32[Array, "T top_k"], expert_map: Int32[Array, " global_E"] | None
+) -> Int32[Array, "T top_k"]:
+    """The experts' places here; what is unknown to the map has none."""
+    if expert_map is None:
+        return topk_ids
+    known = (topk_ids >= 0) & (topk_ids < expert_map.shape[0])
+    here = expert_map[jnp.clip(topk_ids, 0, expert_map.shape[0] - 1)]
+    return jnp.where(known, here, jnp.full_like(topk_ids, -1))
+
+
+def expert_order(
+    ids: Int32[Array, "T top_k"], num_experts: int, found: Order, pairs: Int32[Array, " n"] | None = None
+) -> ExpertOrder:
+    """What a kernel found, and what follows from it, of these experts here; `pairs` are those of each row, if known."""
+    top_k = ids.shape[1]
     if pairs is None:
-        pairs = jnp.zeros_like(index).at[rows].set(index, unique_indices=True)
+        index = lax.iota(jnp.int32, ids.size)
+        pairs = jnp.zeros_like(index).at[found.rows].set(index, unique_indices=True)
     return ExpertOrder(
         tokens=pairs // top_k,
-        rows=rows.reshape(num_tokens, top_k),
-        routed=routed.reshape(num_tokens, top_k),
-        group_sizes=sizes,
-        metadata=GroupMetadata(group_starts=starts, plan=plan),
+        rows=found.rows.reshape(ids.shape),
+        routed=(ids >= 0) & (ids < num_experts),
+        group_sizes=found.group_sizes,
+        metadata=GroupMetadata(group_starts=found.group_starts, plan=found.plan),
     )
 
 

@@ -18,8 +18,9 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
     MosaicGpuConfig,
     heuristic,
 )
-from pallas_kernels.grouped_matmul.mosaic_gpu.scales import BLOCK, kind, pair
-from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles, plan_work
+from pallas_kernels.grouped_matmul.mosaic_gpu.scales import BLOCK, Scales, kind, of_tokens, of_weights
+from pallas_kernels.grouped_matmul.mosaic_gpu.weights import Weights
+from pallas_kernels.grouped_matmul.mosaic_gpu.work import Plan, max_tiles, plan_work
 from pallas_kernels.grouped_matmul.reference import quantize_rows
 from pallas_kernels.hopper import unsupported_here
 from pallas_kernels.quantize.tokens import quantize_tokens
@@ -89,7 +90,7 @@ def _unsupported_config(call: Call) -> str | None:
 
 def run(call: Call) -> jax.Array | QuantizedArray:
     """Serves a call that `unsupported` let pass."""
-    if call.out_format is not None and not _quantizes(call, call.out_format):
+    if call.out_format is not None and not quantizes(call, call.out_format):
         real = run(dataclasses.replace(call, out_format=None))
         assert isinstance(real, jax.Array)
         return quantize_tokens(real, call.out_format, "mosaic_gpu")
@@ -101,43 +102,55 @@ def run(call: Call) -> jax.Array | QuantizedArray:
         real = run(dataclasses.replace(call, epilogue=None))
         assert isinstance(real, jax.Array)
         return call.epilogue.of_rows(real).astype(call.out_dtype)
-    from pallas_kernels.grouped_matmul.mosaic_gpu.sm90 import grouped_matmul_sm90
+    from pallas_kernels.grouped_matmul.mosaic_gpu.sm90 import grouped_matmuls_sm90
 
-    num_experts, k = call.rhs.shape[0], call.rhs.shape[-1]
+    num_experts = call.rhs.shape[0]
     m, n = call.lhs.shape[0], math.prod(call.rhs.shape[1:-1])
     if m == 0 or num_experts == 0:
         return jnp.zeros((m, n // 2 if call.gated else n), call.out_dtype)
-    config = _config(call)
-    tiles = _tiles(call, config.block_m)
+    config = config_of(call)
     most = max_tiles(m, num_experts, config.block_m) * -(-n // config.block_n)
-    lhs, rhs = (x.values if isinstance(x, QuantizedArray) else x for x in (call.lhs, call.rhs))
-    scales = None
-    if isinstance(call.lhs, QuantizedArray):
-        assert isinstance(call.rhs, QuantizedArray)
-        scales = pair(call.lhs, call.rhs, config.block_m)
-    out, out_scales = grouped_matmul_sm90(
-        lhs,
-        rhs.reshape(num_experts, n, k),
-        tiles,
-        scales=scales,
-        bias=None if call.bias is None else call.bias.reshape(num_experts, n),
-        epilogue=call.epilogue,
-        out_dtype=call.out_dtype,
-        out_format=call.out_format,
+    out, out_scales = grouped_matmuls_sm90(
+        *rows_of(call, config.block_m),
+        (weights_of(call),),
+        plan_of(call, config.block_m),
         config=config,
         num_programs=min(num_cores(), most),
     )
     return out if call.out_format is None else QuantizedArray(values=out, scales=out_scales, format=call.out_format)
 
 
-def _tiles(call: Call, block_m: int) -> jax.Array:
-    """Those that were planned with the order of the rows, or new ones."""
+def rows_of(call: Call, block_m: int) -> tuple[jax.Array, Scales | None]:
+    """The rows as the kernel takes them, and the scales of codes."""
+    if isinstance(call.lhs, QuantizedArray):
+        return call.lhs.values, of_tokens(call.lhs, block_m)
+    return call.lhs, None
+
+
+def weights_of(call: Call) -> Weights:
+    """The rest of a matmul as the kernel takes it."""
+    rhs, bias = call.rhs, call.bias
+    shape = rhs.shape[0], math.prod(rhs.shape[1:-1]), rhs.shape[-1]
+    if bias is not None:
+        bias = jnp.pad(bias.reshape(shape[:2]).astype(jnp.float32), ((0, 1), (0, 0)))  # zeros for rows of no expert
+    return Weights(
+        rhs=(rhs.values if isinstance(rhs, QuantizedArray) else rhs).reshape(shape),
+        scales=of_weights(rhs) if isinstance(rhs, QuantizedArray) else None,
+        bias=bias,
+        epilogue=call.epilogue,
+        out_dtype=call.out_dtype,
+        out_format=call.out_format,
+    )
+
+
+def plan_of(call: Call, block_m: int) -> Plan:
+    """The one that was made with the order of the rows, or a new one."""
     m, num_experts, plan = call.lhs.shape[0], call.rhs.shape[0], call.metadata.plan
     all_groups = call.group_offset is None and call.group_sizes.shape[0] == num_experts
     if plan is not None and all_groups and (plan.num_rows, plan.block_m) == (m, block_m):
-        planned: jax.Array = plan.tiles
-        return planned
-    return plan_work(
+        assert isinstance(plan, Plan)
+        return plan
+    tiles = plan_work(
         call.metadata.group_starts,
         call.group_sizes,
         num_rows=m,
@@ -145,9 +158,10 @@ def _tiles(call: Call, block_m: int) -> jax.Array:
         group_offset=call.group_offset,
         block_m=block_m,
     )
+    return Plan(tiles=tiles, counters=jnp.zeros(tiles.shape[1:], jnp.int32), num_rows=m, block_m=block_m)
 
 
-def _config(call: Call) -> MosaicGpuConfig:
+def config_of(call: Call) -> MosaicGpuConfig:
     if call.config is not None:
         config: MosaicGpuConfig = call.config
         return config
@@ -161,10 +175,10 @@ def _config(call: Call) -> MosaicGpuConfig:
     )
 
 
-def _quantizes(call: Call, fmt: Format) -> bool:
+def quantizes(call: Call, fmt: Format) -> bool:
     """Whether the kernel makes codes of its results: in blocks that a tile has whole."""
     halves = 2 if call.gated else 1
-    n, of_tile = math.prod(call.rhs.shape[1:-1]) // halves, _config(call).block_n // halves
+    n, of_tile = math.prod(call.rhs.shape[1:-1]) // halves, config_of(call).block_n // halves
     in_kernel = call.epilogue is None or call.epilogue.name not in NOT_IN_KERNELS
     is_group = fmt.block == (1, BLOCK) and fmt.code == jnp.float8_e4m3fn and fmt.scale_dtype == np.float32
     return is_group and in_kernel and n % BLOCK == of_tile % BLOCK == 0 and 0 not in (*call.lhs.shape, *call.rhs.shape)

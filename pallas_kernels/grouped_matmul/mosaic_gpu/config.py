@@ -73,6 +73,7 @@ def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool)
         return MosaicGpuConfig(block_m=128, block_n=256 if n >= 256 else 128, stages=4 if n >= 256 else 6, band=4)
     if gated and n < 256:  # two narrow warpgroups would not have whole rows to store
         return MosaicGpuConfig(block_m=128, block_n=128)
+    band = 1 if m <= 16 * num_experts else 2  # an expert mostly has one tile: its rows are done early
     if n >= 256 and (gated or in_blocks):
-        return MosaicGpuConfig(block_m=64, block_n=256)
-    return MosaicGpuConfig(block_m=64, block_n=128, stages=6)
+        return MosaicGpuConfig(block_m=64, block_n=256, band=band)
+    return MosaicGpuConfig(block_m=64, block_n=128, stages=6, band=band)

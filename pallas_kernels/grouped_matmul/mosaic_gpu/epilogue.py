@@ -15,9 +15,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import WARPGROUP_ROWS
 from pallas_kernels.grouped_matmul.mosaic_gpu.requantize import OF_ROWS, Quantizer, Rows
 from pallas_kernels.grouped_matmul.mosaic_gpu.scales import BLOCK, Pair
-from pallas_kernels.grouped_matmul.mosaic_gpu.tiles import Work
+from pallas_kernels.grouped_matmul.mosaic_gpu.tiles import Tile, Work
 
 OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+class AtEnd(NamedTuple):
+    """Scales that multiply the sums of whole rows of K."""
+
+    of_rows: Any
+    of_columns: Any  # of each chunk of columns, of gate and up
 
 
 class Epilogue(NamedTuple):
@@ -33,28 +40,56 @@ class Epilogue(NamedTuple):
     out_dtype: Any  # that results are rounded to, and then quantized where there is a quantizer
     quantizer: Quantizer | None
 
-    def store_tile(
-        self, sums: Sequence[jax.Array], stores: jax.Array, expert: Any, row: Any, first: Any, last: Any, column: Any
-    ) -> jax.Array:
-        """Stores what this warpgroup has of a tile; `stores` counts its chunks, which take slots in turn."""
-        wn = self.work.warpgroup_n
-        size = min(self.out_smem.shape[-1], wn)
-        loaded_column = self.work.loaded_column(column)
+    def scales_of(self, tile: Tile) -> AtEnd | None:
+        """Those that multiply a tile's sums at its end: there by then, where registers can hold them as long."""
+        if self.scales is None or self.work.config.warpgroup_n > 128:
+            return None
+        row, column = self._place(tile)
+        halves, size = range(2 if self.work.gated else 1), self._chunk
+        return AtEnd(
+            self._row_scales(row),
+            [
+                [self._column_scales(tile.expert, half, column + offset, size) for half in halves]
+                for offset in range(0, self.work.warpgroup_n, size)
+            ],
+        )
+
+    @property
+    def _chunk(self) -> int:
+        """Columns that are stored at once."""
+        size: int = min(self.out_smem.shape[-1], self.work.warpgroup_n)
+        return size
+
+    def _place(self, tile: Tile) -> tuple[Any, Any]:
+        """The first row and column of what this warpgroup has of a tile."""
+        column = self.work.loaded_column(tile.column)
         if self.work.config.split_rows:
-            row = row + self.warpgroup * WARPGROUP_ROWS
-        else:
-            loaded_column = loaded_column + self.warpgroup * wn
-        begin = jnp.clip(first - row, 0, WARPGROUP_ROWS)
-        count = jnp.clip(last - row, 0, WARPGROUP_ROWS) - begin
+            return tile.row + self.warpgroup * WARPGROUP_ROWS, column
+        return tile.row, column + self.first_column
+
+    @property
+    def first_column(self) -> Any:
+        """Of a tile of the output, this warpgroup's."""
+        return 0 if self.work.config.split_rows else self.warpgroup * self.work.warpgroup_n
+
+    def store_tile(self, sums: Sequence[jax.Array], stores: jax.Array, tile: Tile, at_end: AtEnd | None) -> jax.Array:
+        """Stores what this warpgroup has of a tile; `stores` counts its chunks, which take slots in turn."""
+        (row, loaded_column), size = self._place(tile), self._chunk
+        begin = jnp.clip(tile.first - row, 0, WARPGROUP_ROWS)
+        count = jnp.clip(tile.last - row, 0, WARPGROUP_ROWS) - begin
         rows = Rows(row, begin, count)
         store = self._store_half if size < self.out_smem.shape[-1] else self._store
-        for offset in range(0, wn, size):
+        for i, offset in enumerate(range(0, self.work.warpgroup_n, size)):
             place = loaded_column + offset
-            mine = (count > 0) & (place >= column)
+            mine = (count > 0) & (place >= tile.column)
+            known = None if at_end is None else (at_end.of_rows, at_end.of_columns[i])
 
             @pl.when(mine)
-            def _store(offset: int = offset, place: Any = place, stores: jax.Array = stores) -> None:
-                store(functools.partial(self._finish, sums, expert, row, place, offset, size), rows, place, stores)
+            def _store(
+                offset: int = offset, place: Any = place, stores: jax.Array = stores, known: Any = known
+            ) -> None:
+                finish = functools.partial(self._finish, sums, tile.expert, row, place, offset, size, known)
+                store(finish, rows, place, stores)
 
             stores = stores + mine.astype(jnp.int32)
         return stores
@@ -89,17 +124,19 @@ class Epilogue(NamedTuple):
             store_rows(both, self.out_gmem, rows, pl.multiple_of(place, BLOCK))
 
     def _finish(
-        self, sums: Sequence[jax.Array], expert: Any, row: Any, place: Any, offset: int, size: int
+        self, sums: Sequence[jax.Array], expert: Any, row: Any, place: Any, offset: int, size: int, known: Any
     ) -> jax.Array:
         """The output's columns `[place, place + size)`, which lie at `offset` among this warpgroup's."""
 
         def rounded(half: int) -> jax.Array:
-            features = pl.ds(pl.multiple_of(half * self.work.n_out + place, 8), size)
-            part = self._scaled(
-                _columns(sums, half * self.work.warpgroup_n + offset, size), expert, row, half, features
-            )
+            part = _columns(sums, half * self.work.warpgroup_n + offset, size)
+            if self.scales is not None:
+                of_rows, of_columns = known or (self._row_scales(row), None)
+                scales = of_columns[half] if of_columns else self._column_scales(expert, half, place, size)
+                part = _times(_times(part.astype(jnp.float32), of_rows, 0), scales, 1)
             if self.bias_gmem is not None:
                 biased = jnp.where(expert >= 0, expert, self.bias_gmem.shape[0] - 1)
+                features = pl.ds(pl.multiple_of(half * self.work.n_out + place, 8), size)
                 bias = plgpu.load(self.bias_gmem.at[biased, features], layout=OF_COLUMNS, optimized=False)
                 part = part + lax.broadcast_in_dim(bias, part.shape, (1,))
             return part.astype(self.out_dtype)
@@ -109,23 +146,31 @@ class Epilogue(NamedTuple):
             return rounded(0)
         return activation(*map(rounded, range(2 if self.work.gated else 1))).astype(self.out_dtype)
 
-    def _scaled(self, sums: jax.Array, expert: Any, row: Any, half: int, features: Any) -> jax.Array:
-        """Sums of codes times the scales of their rows and columns, in f32."""
-        if self.scales is None:
-            return sums
-        sums, (lhs, rhs) = sums.astype(jnp.float32), self.scales
-        expert = jnp.maximum(expert, 0)
-        if lhs.of == "row":
-            own = plgpu.load(lhs.values.at[pl.ds(row, WARPGROUP_ROWS)], layout=OF_ROWS, optimized=False)
-            sums = sums * lax.broadcast_in_dim(own, sums.shape, (0,))
-        else:
-            sums = sums * lhs.values[0]
-        if rhs.of == "row":
-            own = plgpu.load(rhs.values.at[expert, features], layout=OF_COLUMNS, optimized=False)
-            return sums * lax.broadcast_in_dim(own, sums.shape, (1,))
-        halves = rhs.values.shape[0] // self.num_experts  # 2 with gate and up apart
-        scaled: jax.Array = sums * rhs.values[expert * halves + (half if halves > 1 else 0)]
-        return scaled
+    def _row_scales(self, row: Any) -> Any:
+        """Those of 64 rows, or the one of them all."""
+        assert self.scales is not None
+        of_rows = self.scales.lhs
+        if of_rows.of != "row":
+            return of_rows.values[0]
+        return plgpu.load(of_rows.values.at[pl.ds(row, WARPGROUP_ROWS)], layout=OF_ROWS, optimized=False)
+
+    def _column_scales(self, expert: Any, half: int, place: Any, size: int) -> Any:
+        """Those of the output's columns `[place, place + size)` of gate or up, or the one of them all."""
+        assert self.scales is not None
+        of_weights, expert = self.scales.rhs, jnp.maximum(expert, 0)
+        if of_weights.of == "row":
+            features = pl.ds(pl.multiple_of(half * self.work.n_out + place, 8), size)
+            return plgpu.load(of_weights.values.at[expert, features], layout=OF_COLUMNS, optimized=False)
+        halves = of_weights.values.shape[0] // self.num_experts  # 2 with gate and up apart
+        return of_weights.values[expert * halves + (half if halves > 1 else 0)]
+
+
+def _times(sums: jax.Array, scales: Any, dimension: int) -> jax.Array:
+    """Sums with a scale for each row (0) or column (1), or one for all."""
+    if scales.ndim:
+        scales = lax.broadcast_in_dim(scales, sums.shape, (dimension,))
+    found: jax.Array = sums * scales
+    return found
 
 
 def _columns(sums: Sequence[jax.Array], begin: int, size: int) -> jax.Array:

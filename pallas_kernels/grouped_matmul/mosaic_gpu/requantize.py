@@ -37,7 +37,7 @@ class Quantizer(NamedTuple):
 
     format: Format
     scales_gmem: Any  # [N/128, M]
-    rows_smem: Any  # [2 slots of maxima and one of scales, 2 warpgroups, 64]
+    rows_smem: Any  # [slots, 2 warpgroups, 64]: the last one of scales, two of maxima where they are exchanged
     exchanged: Any  # barrier of both warpgroups: maxima are there
     written: Any  # barrier: the second one's codes are there
 
@@ -76,7 +76,7 @@ class Quantizer(NamedTuple):
 
         @pl.when(rows.count < WARPGROUP_ROWS)
         def _part() -> None:  # the others belong to neighbours
-            own_smem = self.rows_smem.at[2, warpgroup]
+            own_smem = self.rows_smem.at[self.rows_smem.shape[0] - 1, warpgroup]
             own_smem[...] = scale
             plgpu.commit_smem()
 

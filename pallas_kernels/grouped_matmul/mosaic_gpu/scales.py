@@ -50,13 +50,8 @@ def kind(fmt: Format, *, weights: bool) -> Of | None:
     return blocks.get(fmt.block)
 
 
-def pair(lhs: QuantizedArray, rhs: QuantizedArray, block_m: int) -> Pair:
-    """The scales of both operands."""
-    return Pair(_of_tokens(lhs, block_m), _of_weights(rhs))
-
-
-def _of_tokens(lhs: QuantizedArray, block_m: int) -> Scales:
-    """With zeros past the last row where a tile reads more than there are."""
+def of_tokens(lhs: QuantizedArray, block_m: int) -> Scales:
+    """Those of rows, with zeros past the last one where a tile reads more than there are."""
     of = kind(lhs.format, weights=False)
     assert of is not None
     if of == "matrix":
@@ -66,7 +61,8 @@ def _of_tokens(lhs: QuantizedArray, block_m: int) -> Scales:
     return Scales(values=scales if of == "block" else scales[0], of=of)
 
 
-def _of_weights(rhs: QuantizedArray) -> Scales:
+def of_weights(rhs: QuantizedArray) -> Scales:
+    """Those of the experts' weights."""
     of = kind(rhs.format, weights=True)
     assert of is not None
     scales = rhs.scales

@@ -24,36 +24,59 @@ class Part(NamedTuple):
     offset: int  # in the warpgroup's columns of the output
 
 
+class Tile(NamedTuple):
+    """Of the output, and what it takes."""
+
+    number: Any  # of its rows
+    expert: Any
+    row: Any  # the first one loaded
+    first: Any  # of the rows that it owns
+    last: Any  # past them
+    column: Any  # its first one
+    steps: Any  # along K: none for the rows of no expert
+
+
 class Work:
-    """A block's tiles: `program`, `program + num_programs`, ... of all (row tile, column tile) pairs."""
+    """A block's tiles: `program`, `program + num_programs`, ... of all (row tile, column tile) pairs.
+
+    After an `earlier` matmul in the same launch the programs go on in turn.
+    """
 
     def __init__(
         self,
         tiles_gmem: Any,
         n_out: int,
         k_steps: jax.Array,
+        unroll: int,
         config: MosaicGpuConfig,
         program: jax.Array,
         num_programs: int,
         epilogue: Activation | None,
+        num_pieces: int,
+        earlier: Work | None,
     ):
         self.config, self.epilogue, self.n_out = config, epilogue, n_out
         self.gated = epilogue is not None and epilogue.gated
         halves = 2 if self.gated else 1
+        self.pieces = pieces(config, gated=self.gated, count=num_pieces)  # what a step of weights is loaded in
         self.block_n = config.block_n // halves  # columns of the output per tile
         self.warpgroup_n = config.warpgroup_n // halves  # and per warpgroup
-        self._tiles_gmem, self.k_steps = tiles_gmem, k_steps
+        self._tiles_gmem, self.k_steps, self.unroll = tiles_gmem, k_steps, unroll
+        self._num_tiles, self.n_tiles = tiles_gmem[NUM_TILES, 0], pl.cdiv(n_out, self.block_n)
+        if earlier is not None:
+            before = lax.rem(self._num_tiles * earlier.n_tiles, jnp.int32(num_programs))
+            program = lax.rem(program - before + num_programs, jnp.int32(num_programs))
         self._program, self._num_programs = program, num_programs
-        self._num_tiles, self._n_tiles = tiles_gmem[NUM_TILES, 0], pl.cdiv(n_out, self.block_n)
-        self.num_tiles = (self._num_tiles * self._n_tiles - program + num_programs - 1) // num_programs
+        self.num_tiles = (self._num_tiles * self.n_tiles - program + num_programs - 1) // num_programs
 
-    def tile(self, i: jax.Array) -> tuple[jax.Array, ...]:
-        """Expert, first row loaded, first and last row owned, first column, steps along K of this block's tile `i`."""
+    def tile(self, i: jax.Array) -> Tile:
+        """This block's tile `i`."""
         index = self._program + i * self._num_programs
-        ti, ni = in_bands(index, self._num_tiles, self._n_tiles, self.config.band)
+        number, ni = in_bands(index, self._num_tiles, self.n_tiles, self.config.band)
         fields = EXPERT, ROW, FIRST, LAST, IS_EXPERT
-        expert, row, first, last, is_expert = (self._tiles_gmem[field, ti] for field in fields)
-        return expert, pl.multiple_of(row, ALIGNMENT), first, last, ni * self.block_n, is_expert * self.k_steps
+        expert, row, first, last, is_expert = (self._tiles_gmem[field, number] for field in fields)
+        row, column, steps = pl.multiple_of(row, ALIGNMENT), ni * self.block_n, is_expert * self.k_steps
+        return Tile(number, expert, row, first, last, column, steps)
 
     def parts(self) -> list[Part]:
         """A warpgroup's columns, cut where gate ends and up begins, and where blocks of scales do."""
@@ -79,13 +102,15 @@ def in_bands(index: jax.Array, num_tiles: jax.Array, n_tiles: int, band: int) ->
     return number * band + within - ni * height, turned
 
 
-def pieces(config: MosaicGpuConfig, *, gated: bool) -> list[tuple[int, int, int, int]]:
+def pieces(config: MosaicGpuConfig, *, gated: bool, count: int = 1) -> list[tuple[int, int, int, int]]:
     """What a tile of weights consists of: `(place in the tile, 0 or 1 for gate or up, column offset, size)`.
 
-    Of a gated tile each warpgroup has gate columns, and then the up columns that belong to them.
+    Of a gated tile each warpgroup has gate columns, and then the up columns that belong to them; others come in
+    `count` pieces.
     """
     if not gated:
-        return [(0, 0, 0, config.block_n)]
+        size = config.block_n // count
+        return [(size * part, 0, size * part, size) for part in range(count)]
     parts = 1 if config.split_rows else COMPUTE_WARPGROUPS
     size = config.block_n // (2 * parts)
     return [(size * (2 * part + half), half, size * part, size) for part in range(parts) for half in (0, 1)]

@@ -23,9 +23,10 @@ EXPERT, ROW, FIRST, LAST, IS_EXPERT, NUM_TILES = range(6)  # fields of a plan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What `plan_work` returns, of all groups: made where rows are sorted, for all matmuls over them."""
+    """The tiles of all groups: made where rows are sorted, for all matmuls over them."""
 
-    tiles: Leaf  # int32 [6, at least max_tiles]
+    tiles: Leaf  # int32 [6, at least max_tiles], as `plan_work` returns them
+    counters: Leaf  # int32 [as many], zeros: of a launch that counts what it has finished
     num_rows: int = dataclasses.field(metadata={"static": True})
     block_m: int = dataclasses.field(metadata={"static": True})
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,167 +14,152 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.mosaic_gpu.work import ALIGNMENT, EXPERT, FIRST, IS_EXPERT, LAST, NUM_TILES, ROW
+from pallas_kernels.routing.mosaic_gpu.keys import Keys, first_key
 from pallas_kernels.routing.mosaic_gpu.squares import (
     ALONG_COLUMNS,
     ALONG_ROWS,
     SIDE,
     SQUARE,
+    WARPGROUPS,
     chosen,
     in_turn,
     load,
     numbers,
-    ones,
+    share_of,
+    side_of,
     square_of,
     total,
+    whole_sides,
     zeros,
 )
 
-STARTS, SIZES, BEFORE = range(3)  # rows of a table; BEFORE is of tiles, or of pairs up to a chunk
-PAD, FAR = -2, 1 << 30  # the id of a pair that there is not, and its key
+# Rows of a table. What each warpgroup has found, one row each: how many pairs there are up to and with an expert, of
+# all and of those before a chunk.
+ENDS, EARLIER = 0, WARPGROUPS
+# What they tell of an expert: those that a tile has to know, one for each warpgroup to look up, and how many tiles.
+EXPERTS, STARTS, SIZES, BEFORE, TILES = range(2 * WARPGROUPS, 2 * WARPGROUPS + 5)
+ROWS = TILES + 1
 
 
-class Keys(NamedTuple):
-    """Pairs by expert: those of no expert come last."""
-
-    ids_gmem: Any  # [n]
-    num_experts: int
-    padded: bool  # whether the last ids may be PAD
-
-    @property
-    def sides(self) -> int:
-        """How many there are."""
-        sides: int = self.ids_gmem.shape[0] // SIDE
-        return sides
-
-    def side(self, begin: Any, layout: Any) -> jax.Array:
-        """Keys of the pairs `[begin, begin + SIDE)`."""
-        ids = load(self.ids_gmem.at[pl.ds(begin, SIDE)], layout)
-        others: Any = jnp.full_like(ids, self.num_experts)
-        if self.padded:
-            others = jnp.where(ids == PAD, jnp.full_like(ids, FAR), others)
-        return jnp.where((ids >= 0) & (ids < self.num_experts), ids, others)
-
-    def sizes(self, expert: Any, begin: Any, end: Any) -> jax.Array:
-        """How many pairs of the sides `[begin, end)` each of the experts `[expert, expert + SIDE)` has."""
-
-        def add(side: Any, found: jax.Array) -> jax.Array:
-            keys = square_of(self.side(side * SIDE, ALONG_COLUMNS), 1)
-            return found + ones(keys == expert + numbers(0))
-
-        return total(lax.fori_loop(begin, end, add, zeros()))
-
-    def places(self, first: Any, own: Any) -> jax.Array:
-        """Of the pairs `[own, own + SIDE)` among all, or with `first` among those of their experts from there on."""
-        keys, index = square_of(self.side(own, ALONG_ROWS), 0), own + numbers(0)
-
-        def add(side: Any, found: jax.Array) -> jax.Array:
-            others = square_of(self.side(side * SIDE, ALONG_COLUMNS), 1)
-            before = (others == keys) & (side * SIDE + numbers(1) < index)
-            return found + ones(before if first is not None else before | (others < keys))
-
-        begin, end = (0, self.sides) if first is None else (first // SIDE, own // SIDE + 1)
-        return total(lax.fori_loop(begin, end, add, zeros()))
+def table_shape(num_experts: int) -> tuple[int, int]:
+    """Of the shared memory: a side is before the first expert, so that each has one before it."""
+    return ROWS, SIDE + whole_sides(num_experts + 1)
 
 
 class Table(NamedTuple):
-    """Filled in step by step, by the warpgroups of a block in turn."""
+    """Filled in step by step; between the steps the warpgroups meet."""
 
-    smem: Any  # int32 [3, experts]
+    smem: Any  # int32, of `table_shape`
+    found_smem: Any  # int32 [WARPGROUPS, SIDE], what each has found of 64 things
     ready: Any  # barrier of all warpgroups
     warpgroup: Any
+    num_experts: int
+    num_pairs: int
 
     @property
     def sides(self) -> int:
         """How many there are."""
-        sides: int = self.smem.shape[1] // SIDE
-        return sides
+        return whole_sides(self.num_experts + 1) // SIDE
 
-    def fill(self, keys: Keys) -> None:
-        """Sizes and starts, from all pairs."""
-        self._each(lambda expert: self._put(SIZES, expert, keys.sizes(expert, 0, keys.sides)))
-        self._each(lambda expert: self._put(STARTS, expert, self._sum_before(expert, self._sizes)))
+    def meet(self) -> None:
+        """Afterwards each warpgroup sees what the others have put there."""
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.ready)
+        plgpu.barrier_wait(self.ready)
+
+    def count_all(self, keys: Keys) -> None:
+        """ENDS, from all pairs."""
+        self._each_expert(lambda expert: self._put(ENDS + self.warpgroup, expert, keys.less(_bounds(expert))))
 
     def add_up(self, counts_gmem: Any, chunk: Any) -> None:
-        """Sizes and starts from the counts of all chunks, and where the first pairs of a chunk go."""
+        """ENDS from those of all chunks, and EARLIER from the chunks before this one."""
 
-        def of_counts(expert: Any) -> None:
-            def add(side: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                counts = load(counts_gmem.at[pl.ds(expert, SIDE), pl.ds(side * SIDE, SIDE)], SQUARE)
-                return found[0] + counts, found[1] + chosen(side * SIDE + numbers(1) < chunk, counts)
+        def of_experts(expert: Any) -> None:
+            def add(i: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+                begin = (self.warpgroup + i * WARPGROUPS) * SIDE
+                counts = load(counts_gmem.at[pl.ds(expert, SIDE), pl.ds(begin, SIDE)], SQUARE)
+                return found[0] + counts, found[1] + chosen(begin + numbers(1) < chunk, counts)
 
-            sizes, earlier = lax.fori_loop(0, counts_gmem.shape[1] // SIDE, add, (zeros(), zeros()))
-            self._put(SIZES, expert, total(sizes))
-            self._put(BEFORE, expert, total(earlier))
+            mine = share_of(counts_gmem.shape[1] // SIDE, self.warpgroup)
+            found = lax.fori_loop(0, mine, add, (zeros(), zeros()))
+            for row, each in zip((ENDS, EARLIER), found, strict=True):
+                self._put(row + self.warpgroup, expert, total(each))
 
-        def starts(expert: Any) -> None:
-            start = self._sum_before(expert, self._sizes)
-            self._put(STARTS, expert, start)
-            self._put(BEFORE, expert, start + self._get(BEFORE, expert, ALONG_ROWS))
+        self._each_expert(of_experts)
 
-        self._each(of_counts)
-        self._each(starts)
-
-    def entries(self, row: Any, keys: jax.Array, sides: tuple[Any, Any] | None = None) -> jax.Array:
-        """A row's entries of these keys, which are known to be in some of its sides."""
-
-        def add(side: Any, found: jax.Array) -> jax.Array:
-            entries = square_of(self._get(row, side * SIDE, ALONG_COLUMNS), 1)
-            return found + chosen(square_of(keys - side * SIDE, 0) == numbers(1), entries)
-
-        begin, end = sides or (0, self.sides)
-        return total(lax.fori_loop(begin, end, add, zeros()))
-
-    def store_groups(self, groups_gmem: Any) -> None:
-        """Starts and sizes."""
+    def store_ends(self, counts_gmem: Any, chunk: Any) -> None:
+        """ENDS of a chunk."""
 
         def store(expert: Any) -> None:
-            for row in (STARTS, SIZES):
-                groups_gmem[row, pl.ds(expert, SIDE)] = self._get(row, expert, ALONG_ROWS)
+            counts_gmem[pl.ds(expert, SIDE), chunk] = self._sum(ENDS, expert)
 
-        in_turn(store, self.sides, self.warpgroup)
+        in_turn(store, counts_gmem.shape[0] // SIDE, self.warpgroup)
 
-    def store_tiles(self, tiles_gmem: Any, tile: Any, *, num_experts: int, num_pairs: int, block_m: int) -> None:
-        """The tiles `[tile, tile + SIDE)`, as `plan_work` has them."""
+    def find_groups(self, store: Callable[[Any, jax.Array, jax.Array], None], block_m: int) -> None:
+        """From ENDS what tiles have to know of each expert, but which is its first."""
 
-        def counts(starts: Any, sizes: Any) -> Any:
-            above = starts - starts // ALIGNMENT * ALIGNMENT + sizes + (block_m - 1)
-            return jnp.where(sizes > 0, above // block_m, jnp.zeros_like(sizes))
+        def of_experts(expert: Any) -> None:
+            start, end = self._bounds_of(ENDS, expert, self.num_pairs)
+            size = end - start
+            above = start - start // ALIGNMENT * ALIGNMENT + size + (block_m - 1)
+            tiles = jnp.where(size > 0, above // block_m, jnp.zeros_like(size))
+            found = {EXPERTS: side_of(expert), STARTS: start, SIZES: size, TILES: tiles}
+            for row, each in found.items():
+                self._put(row, expert, each)
+            store(expert, start, size)
 
-        def of_side(expert: Any) -> jax.Array:
-            found: jax.Array = counts(self._get(STARTS, expert, ALONG_COLUMNS), self._get(SIZES, expert, ALONG_COLUMNS))
-            return found
+        in_turn(of_experts, self.sides, self.warpgroup)
 
-        def end(side: int) -> Any:
-            """Where the tiles of these experts end."""
-            last = (side + 1) * SIDE - 1
-            return self.smem[BEFORE, last] + counts(self.smem[STARTS, last], self.smem[SIZES, last])
+    def find_firsts(self, earlier: Any) -> None:
+        """From ENDS and EARLIER where each expert's first pair of a chunk goes; `earlier` pairs are before it."""
+
+        def of_experts(expert: Any) -> None:
+            start, _ = self._bounds_of(ENDS, expert, self.num_pairs)
+            begin, end = self._bounds_of(EARLIER, expert, earlier)
+            self._put(BEFORE, expert, start + (end - begin))
+
+        in_turn(of_experts, self.sides, self.warpgroup)
+
+    def first_of(self, expert: Any) -> Any:
+        """What `find_firsts` found."""
+        return self.smem[BEFORE, SIDE + expert]
+
+    def sum_tiles(self) -> None:
+        """BEFORE, of each expert the tiles of those before it in its side."""
+
+        def of_experts(expert: Any) -> None:
+            tiles = self._columns(TILES, expert // SIDE)
+            self._put(BEFORE, expert, total(chosen(numbers(1) < numbers(0), tiles)))
+
+        in_turn(of_experts, self.sides, self.warpgroup)
+
+    def store_tiles(self, tiles_gmem: Any, counters_gmem: Any, tile: Any, block_m: int) -> None:
+        """The tiles `[tile, tile + SIDE)`, as `plan_work` has them, and a counter at zero for each."""
+        lasts = [(side + 2) * SIDE - 1 for side in range(self.sides)]
+        of_sides = [self.smem[BEFORE, last] + self.smem[TILES, last] for last in lasts]
+        ends = list(itertools.accumulate(of_sides))
+        first, last = (sum(jnp.int32(end <= at) for end in ends[:-1]) for at in (tile, tile + (SIDE - 1)))
+        row = EXPERTS + self.warpgroup
 
         def add(side: Any, found: jax.Array) -> jax.Array:
-            ends = self._get(BEFORE, side * SIDE, ALONG_COLUMNS) + of_side(side * SIDE)
-            return found + ones(square_of(ends, 1) <= tile + numbers(0))
+            earlier = sum(jnp.where(side > i, each, jnp.int32(0)) for i, each in enumerate(of_sides[:-1]))
+            behind = (tile - earlier + numbers(0)) - self._columns(BEFORE, side)
+            inside = behind.astype(jnp.uint32) < self._columns(TILES, side).astype(jnp.uint32)  # nor before it
+            return found + chosen(inside, self._columns(row, side))
 
-        self._each(lambda expert: self._put(BEFORE, expert, self._sum_before(expert, of_side)))
-        ends = [end(side) for side in range(self.sides)]
-        first, last = (sum(jnp.int32(each <= at) for each in ends[:-1]) for at in (tile, tile + (SIDE - 1)))
-        expert = first * SIDE + total(lax.fori_loop(first, last + 1, add, zeros()))
-        # Each of three warpgroups looks for one thing, and tells the others.
-        row = jnp.minimum(self.warpgroup, BEFORE)
-        found = self.entries(row, expert, (first, last + 1))
-        self._share()
-
-        @pl.when(self.warpgroup == row)
-        def _tell() -> None:
-            self._put(row, 0, found)
-
-        self._share()
+        self.found_smem[self.warpgroup, pl.ds(0, SIDE)] = total(lax.fori_loop(first, last + 1, add, zeros()))
+        self.meet()
 
         @pl.when(self.warpgroup == 0)
         def _store() -> None:
-            start, size, before = (self._get(row, 0, ALONG_ROWS) for row in (STARTS, SIZES, BEFORE))
-            index = tile + total(chosen(numbers(1) == 0, numbers(0)))
+            found = [load(self.found_smem.at[i, pl.ds(0, SIDE)], ALONG_ROWS) for i in range(WARPGROUPS)]
+            expert, start, size, before = found
+            for i, each in enumerate(of_sides[:-1]):
+                before = before + jnp.where(expert >= (i + 1) * SIDE, each, jnp.zeros_like(expert))
+            index = side_of(tile)
             row = start // ALIGNMENT * ALIGNMENT + (index - before) * block_m
-            most = max(-(-num_pairs // ALIGNMENT) * ALIGNMENT - block_m, 0)
-            zero, is_expert = expert - expert, expert < num_experts  # as it lies in registers
+            most = max(-(-self.num_pairs // ALIGNMENT) * ALIGNMENT - block_m, 0)
+            zero, is_expert = expert - expert, expert < self.num_experts  # as it lies in registers
             fields = {
                 EXPERT: jnp.where(is_expert, expert, zero - 1),
                 ROW: jnp.minimum(row, most),
@@ -183,32 +170,32 @@ class Table(NamedTuple):
             }
             for field, value in fields.items():
                 tiles_gmem[field, pl.ds(tile, SIDE)] = value
+            counters_gmem[pl.ds(tile, SIDE)] = zero
 
-    def _sizes(self, expert: Any) -> jax.Array:
-        return self._get(SIZES, expert, ALONG_COLUMNS)
+    def _bounds_of(self, row: int, expert: Any, most: Any) -> tuple[jax.Array, jax.Array]:
+        """Of each expert the sum up to it, and with it; `most` is that of all, those of no expert included."""
+        index = side_of(expert)
+        end = jnp.where(index < self.num_experts, self._sum(row, expert), jnp.full_like(index, most))
+        start = jnp.where(index <= self.num_experts, self._sum(row, expert - 1), jnp.full_like(index, most))
+        return jnp.where(index > 0, start, jnp.zeros_like(index)), end
 
-    def _sum_before(self, expert: Any, values: Callable[[Any], jax.Array]) -> jax.Array:
-        """Of each of the experts `[expert, expert + SIDE)`, the sum of the values of those before it."""
+    def _sum(self, row: int, expert: Any) -> jax.Array:
+        """What all warpgroups have found together."""
+        found = [load(self.smem.at[row + i, pl.ds(SIDE + expert, SIDE)], ALONG_ROWS) for i in range(WARPGROUPS)]
+        whole: jax.Array = functools.reduce(jnp.add, found)
+        return whole
 
-        def add(side: Any, found: jax.Array) -> jax.Array:
-            return found + values(side * SIDE)
-
-        own = values(expert)
-        earlier = lax.fori_loop(0, expert // SIDE, add, own - own)
-        return total(square_of(earlier, 1) + chosen(numbers(1) < numbers(0), square_of(own, 1)))
-
-    def _get(self, row: int, expert: Any, layout: Any) -> jax.Array:
-        return load(self.smem.at[row, pl.ds(expert, SIDE)], layout)
+    def _columns(self, row: Any, side: Any) -> jax.Array:
+        return square_of(load(self.smem.at[row, pl.ds((side + 1) * SIDE, SIDE)], ALONG_COLUMNS), 1)
 
     def _put(self, row: Any, expert: Any, values: jax.Array) -> None:
-        self.smem[row, pl.ds(expert, SIDE)] = values
+        self.smem[row, pl.ds(SIDE + expert, SIDE)] = values
 
-    def _each(self, body: Callable[[Any], None]) -> None:
-        """Does it for all experts; afterwards each warpgroup sees what the others have put there."""
-        in_turn(body, self.sides, self.warpgroup)
-        self._share()
+    def _each_expert(self, body: Callable[[Any], None]) -> None:
+        lax.fori_loop(0, whole_sides(self.num_experts) // SIDE, lambda side, _: body(side * SIDE), None)
 
-    def _share(self) -> None:
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.ready)
-        plgpu.barrier_wait(self.ready)
+
+def _bounds(expert: Any) -> jax.Array:
+    """What the keys of each of these experts are less than."""
+    bounds: jax.Array = first_key(side_of(expert + 1))
+    return bounds

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.formats import QuantizedArray
+from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.hopper import unsupported_here
 from pallas_kernels.quantize import reference
 from pallas_kernels.quantize.quotient import Divisor
@@ -50,13 +50,26 @@ def run(call: TokensCall) -> jax.Array | QuantizedArray:
 
     fmt = call.format
     num_rows = call.x.shape[0] if call.places is None else call.places.size
-    if fmt is None:
-        copies: jax.Array = send(call.x, call.places, None, fmt=None, num_rows=num_rows)[0]
-        return copies
-    factor = whole = None
-    if fmt.whole_matrix:
-        found = block_scales(reference.matrix_amax(call.x).reshape(1), fmt)
-        assert not isinstance(found.by, Divisor)
-        factor, whole = found.by, found.stored.reshape(1, 1)
+    factor, whole = whole_matrix_scale(call.x, fmt)
     values, scales = send(call.x, call.places, factor, fmt=fmt, num_rows=num_rows)
-    return QuantizedArray(values=values, scales=scales if whole is None else whole, format=fmt)
+    return rows_of(values, scales, whole, fmt)
+
+
+def whole_matrix_scale(x: jax.Array, fmt: Format | None) -> tuple[jax.Array | None, jax.Array | None]:
+    """Where one scale spans all tokens: what numbers are multiplied with `[1]`, and the scale `[1, 1]`."""
+    if fmt is None or not fmt.whole_matrix:
+        return None, None
+    found = block_scales(reference.matrix_amax(x).reshape(1), fmt)
+    assert not isinstance(found.by, Divisor)
+    return found.by, found.stored.reshape(1, 1)
+
+
+def rows_of(
+    values: jax.Array, scales: jax.Array | None, whole: jax.Array | None, fmt: Format | None
+) -> jax.Array | QuantizedArray:
+    """Copies, or codes with their scales."""
+    if fmt is None:
+        return values
+    found = scales if whole is None else whole
+    assert found is not None
+    return QuantizedArray(values=values, scales=found, format=fmt)

@@ -1,0 +1,28 @@
+"""Rows that a kernel has taken from tokens: it has no gradient of its own."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.fused_moe.rows import combine
+from pallas_kernels.routing import ExpertOrder
+
+
+@jax.custom_vjp
+def taken(x: Float[Array, "T H"], rows: Float[Array, "M H"], order: ExpertOrder) -> Float[Array, "M H"]:
+    """`rows`, which are those of `x` in this order, with the gradient that `take_tokens` has."""
+    return rows
+
+
+def _forward(x: jax.Array, rows: jax.Array, order: ExpertOrder) -> tuple[jax.Array, ExpertOrder]:
+    return rows, order
+
+
+def _backward(order: ExpertOrder, by_rows: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    by_tokens = combine(by_rows, jnp.ones(order.rows.shape, jnp.float32), order)
+    return by_tokens.astype(by_rows.dtype), jnp.zeros_like(by_rows), None
+
+
+taken.defvjp(_forward, _backward)
