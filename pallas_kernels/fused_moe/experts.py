@@ -35,6 +35,7 @@ class ExpertsCall:
     w2: Rows  # [E, H, I]
     bias: Leaf | None  # [E, H]
     dtype: np.dtype[Any] = dataclasses.field(metadata={"static": True})  # of tokens
+    config: Any = dataclasses.field(default=None, metadata={"static": True})  # of the second matmul
 
     def second(self, hidden: Rows, implementation: Implementation | None = None) -> Call:
         """The matmul of w2, over the first one's results.
@@ -48,6 +49,7 @@ class ExpertsCall:
             metadata=self.first.metadata,
             bias=self.bias,
             out_dtype=np.dtype(np.float32),
+            config=self.config,
         )
         return dataclasses.replace(call, out_dtype=self.dtype) if served_on_gpu(call, implementation) else call
 

@@ -12,6 +12,7 @@ import numpy as np
 from pallas_kernels.devices import num_cores
 from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.grouped_matmul.call import Call
+from pallas_kernels.grouped_matmul.mosaic_gpu import tuned
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
     SMEM_LIMIT,
     STEP_BYTES,
@@ -162,8 +163,9 @@ def plan_of(call: Call, block_m: int) -> Plan:
 
 
 def config_of(call: Call) -> MosaicGpuConfig:
-    if call.config is not None:
-        config: MosaicGpuConfig = call.config
+    """The one that was given, or that was measured for such a matmul, or that the heuristic takes."""
+    config: MosaicGpuConfig | None = call.config or tuned.config_for(call)
+    if config is not None:
         return config
     lhs = call.lhs.format if isinstance(call.lhs, QuantizedArray) else call.activation_format
     return heuristic(

@@ -9,6 +9,7 @@ import jax
 
 from pallas_kernels.devices import interpreting, num_cores
 from pallas_kernels.grouped_matmul import mosaic_gpu
+from pallas_kernels.grouped_matmul.mosaic_gpu import tuned
 from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles
 from pallas_kernels.hopper import unsupported_here
 
@@ -38,8 +39,11 @@ def unsupported_anywhere(call: ExpertsCall) -> str | None:
     if first.out_format is not None and not mosaic_gpu.quantizes(first, first.out_format):
         return f"results are quantized to {first.out_format} between the matmuls"
     config, n = mosaic_gpu.config_of(first), second.rhs.shape[1]
-    if config.split_rows and first.out_format is not None:
-        return f"with {config.block_m=} there is no shared memory for the scales between the matmuls"
+    if config.split_rows:
+        return f"with {config.block_m=} tensor cores bind, and two launches are faster"
+    other = second.config if (second.config, first.config) != (None, None) else tuned.config_for(second)
+    if other not in (None, config):
+        return f"w13 has {config} and w2 {other}: in one launch they are the same"
     return f"{config.block_n=} is above N={n}" if config.block_n > n else None
 
 

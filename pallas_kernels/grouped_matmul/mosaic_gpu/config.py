@@ -59,8 +59,11 @@ def block_k(dtype: Any) -> int:
 
 
 def block_m_for(m: int, num_experts: int) -> int:
-    """Rows of a tile that `heuristic` mostly takes for `m` rows over `num_experts` experts."""
-    return 128 if m > 64 * num_experts else 64
+    """Rows of a tile that `heuristic` mostly takes for `m` rows over `num_experts` experts.
+
+    Few experts are large ones: many steps for each tile, which make up for smaller tiles and leave fewer empty rows.
+    """
+    return 128 if m > (160 if num_experts <= 16 else 64) * num_experts else 64
 
 
 def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool) -> MosaicGpuConfig:

@@ -106,9 +106,9 @@ class _Products(NamedTuple):
 
         lax.fori_loop(0, steps, k_step, None)
 
-    def _halfway(self, times: jax.Array) -> Any:
+    def _halfway(self, steps: jax.Array) -> Any:
         """When to do something else: at once where registers are too few for two loops."""
-        return 0 if self.matmul.work.config.split_rows else times // 2
+        return 0 if self.matmul.work.config.split_rows else steps // 2
 
     def _sum_up(
         self, step: jax.Array, steps: jax.Array, meanwhile: Callable[[], Found]
@@ -137,13 +137,15 @@ class _Products(NamedTuple):
     def _sum_up_blocks(
         self, step: jax.Array, steps: jax.Array, tile: Tile, scales: Any, meanwhile: Callable[[], Found]
     ) -> tuple[list[jax.Array], Found]:
-        """The sums of each block of K times its scales, added up in f32; `scales` are the first weights'."""
+        """The sums of each block of K times its scales, added up in f32; `scales` are the first ones of weights."""
         work, operands, parts = self.matmul.work, self.matmul.operands, self.matmul.work.parts()
 
-        def k_step(ki: jax.Array, sums: list[jax.Array], of_parts: list[jax.Array]) -> list[jax.Array]:
+        def k_step(ki: jax.Array, carry: Any) -> Any:
+            sums, of_parts = carry
             slot = self.slots.of(step + ki)
             plgpu.barrier_wait(self.slots.loaded.at[slot])
             of_rows = operands.row_scales(self._first_row if work.config.split_rows else 0, slot)
+            following = self._scales_at(tile, jnp.minimum(ki + 1, work.k_steps - 1))  # on their way in the meantime
             added = []
             for part, total, of_part in zip(parts, sums, of_parts, strict=True):
 
@@ -156,33 +158,20 @@ class _Products(NamedTuple):
                 if part is parts[-1]:
                     plgpu.barrier_arrive(self.slots.consumed.at[slot])
                 added.append(total + found * lax.broadcast_in_dim(of_rows * of_part, found.shape, (0,)))
-            return added
-
-        def k_steps(i: jax.Array, carry: Any) -> Any:
-            sums, scales = carry
-            scales = list(scales)
-            for ahead, of_step in enumerate(scales):
-                ki = i * len(scales) + ahead
-                sums = k_step(ki, sums, of_step)
-                # Into the registers of those just used: nothing waits for them until then.
-                scales[ahead] = self._scales_at(tile, jnp.minimum(ki + len(scales), work.k_steps - 1))
-            return sums, tuple(scales)
+            return added, following
 
         zeros = [
             plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, part.size), jnp.float32), plgpu.Layout.WGMMA) for part in parts
         ]
-        times = steps // len(scales)
-        half = self._halfway(times)
-        carry = lax.fori_loop(0, half, k_steps, (zeros, scales))
+        half = self._halfway(steps)
+        carry = lax.fori_loop(0, half, k_step, (zeros, scales))
         found = meanwhile()
-        sums, _ = lax.fori_loop(half, times, k_steps, carry)
+        sums, _ = lax.fori_loop(half, steps, k_step, carry)
         return sums, found
 
-    def _first_scales(self, tile: Tile) -> tuple[list[jax.Array], ...]:
-        """Those of the weights' first blocks of K, ahead of time."""
-        if self.matmul.operands.scales_gmem is None:
-            return ()
-        return tuple(self._scales_at(tile, jnp.int32(ki)) for ki in range(self.matmul.work.unroll))
+    def _first_scales(self, tile: Tile) -> list[jax.Array]:
+        """Those of the weights' first block of K, ahead of time."""
+        return [] if self.matmul.operands.scales_gmem is None else self._scales_at(tile, jnp.int32(0))
 
     def _scales_at(self, tile: Tile, ki: jax.Array) -> list[jax.Array]:
         """Those of each part's weights."""

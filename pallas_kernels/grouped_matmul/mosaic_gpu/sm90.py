@@ -42,7 +42,6 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.work import ALIGNMENT, Plan
 # Per thread of the memory and of a compute warpgroup, each with the fewest spills, as ptxas tells. Their sum over the
 # three is at most 504, what a block of 384 threads is given: a warpgroup waits for more without an end.
 REGISTERS, REGISTERS_IN_BLOCKS, REGISTERS_OF_ROWS_IN_BLOCKS = (40, 232), (72, 216), (88, 208)
-UNROLL = 2  # steps in the body of a loop over blocks of K, the scales of which are on their way
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_programs"))  # lowered once
@@ -159,7 +158,6 @@ def _kernel(
             tiles_gmem,
             each.n_out,
             steps_gmem[i],
-            1 if each.rhs.shape[2] // block_k(lhs_gmem.dtype) % UNROLL else UNROLL,
             config,
             program,
             num_programs,

@@ -47,7 +47,6 @@ class Work:
         tiles_gmem: Any,
         n_out: int,
         k_steps: jax.Array,
-        unroll: int,
         config: MosaicGpuConfig,
         program: jax.Array,
         num_programs: int,
@@ -61,7 +60,7 @@ class Work:
         self.pieces = pieces(config, gated=self.gated, count=num_pieces)  # what a step of weights is loaded in
         self.block_n = config.block_n // halves  # columns of the output per tile
         self.warpgroup_n = config.warpgroup_n // halves  # and per warpgroup
-        self._tiles_gmem, self.k_steps, self.unroll = tiles_gmem, k_steps, unroll
+        self._tiles_gmem, self.k_steps = tiles_gmem, k_steps
         self._num_tiles, self.n_tiles = tiles_gmem[NUM_TILES, 0], pl.cdiv(n_out, self.block_n)
         if earlier is not None:
             before = lax.rem(self._num_tiles * earlier.n_tiles, jnp.int32(num_programs))
