@@ -6,6 +6,7 @@ from pallas_kernels.activations import get_activation as get_activation
 from pallas_kernels.formats import Format as Format
 from pallas_kernels.formats import QuantizedArray as QuantizedArray
 from pallas_kernels.formats import get_format as get_format
+from pallas_kernels.fused_moe import FusedMoeConfig as FusedMoeConfig
 from pallas_kernels.fused_moe import Prepared as Prepared
 from pallas_kernels.fused_moe import finalize as finalize
 from pallas_kernels.fused_moe import fused_ffn as fused_ffn

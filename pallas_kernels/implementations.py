@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Iterator, Mapping
@@ -99,6 +100,9 @@ def interpreted(implementation: Implementation, **parameters: Any) -> Iterator[N
 
         if not hasattr(plgpu, "force_gpu_interpret_mode"):
             raise UnsupportedError(f"interpreting Mosaic GPU kernels needs jax >= 0.11, and this is {jax.__version__}")
+        if "inline_mgpu" in {field.name for field in dataclasses.fields(plgpu.InterpretGPUParams)}:
+            # Waits between blocks, which jax cannot interpret: one block runs after another.
+            parameters = {"inline_mgpu": "ignore", **parameters}
         forced = plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**parameters))
     else:
         from jax.experimental.pallas import tpu as pltpu

@@ -1,5 +1,5 @@
-"""The command: `python -m pallas_kernels.bench grouped_matmul`, `... quantize`, `... fused_moe`, and
-`... table FILE.jsonl` for what they wrote."""
+"""The command: `python -m pallas_kernels.bench grouped_matmul`, `... quantize`, `... fused_moe`,
+`... table FILE.jsonl` for what they wrote, and `... tune` for the tiles of Hopper's kernels."""
 
 from __future__ import annotations
 
@@ -82,16 +82,34 @@ def _fused_moe(args: argparse.Namespace) -> int:
     return _run(chosen, bench, f"{len(chosen)} cases", args)
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from pallas_kernels.bench import layer, peers
+    from pallas_kernels.bench.tuner import Tuner
+
+    models, schemes = args.models.split(","), peers.choose(args.schemes, layer.SCHEMES)
+    cases.refuse_unknown({"models": (models, cases.MODELS), "schemes": (schemes, layer.SCHEMES)})
+    chosen = layer.select(models, schemes, _integers(args.tokens), routing=args.routing, seed=args.seed)
+    log = _logger()
+    done = Tuner(args.out, limit_s=args.limit_s, log=log).run(chosen)
+    log(f"done: {done} of {len(chosen)} cells, {args.out}")
+    return 0 if done else 1
+
+
+def _logger() -> Callable[[str], None]:
+    start = time.monotonic()
+
+    def log(line: str) -> None:
+        print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+    return log
+
+
 def _run(
     chosen: Sequence[Any], bench: Callable[[Callable[[str], None]], Any], what: str, args: argparse.Namespace
 ) -> int:
     import jax
 
-    start, any_time = time.monotonic(), False
-
-    def log(line: str) -> None:
-        print(f"[{time.monotonic() - start:6.1f} s] {line}", file=sys.stderr, flush=True)
-
+    any_time, log = False, _logger()
     device = jax.devices()[0]
     log(f"{what}, on {device.device_kind} (jax {jax.__version__})")
     if device.platform == "cpu":
@@ -142,9 +160,14 @@ def _parser() -> argparse.ArgumentParser:
     layer.add_argument("--schemes", default="all", help="all, or names with commas: bf16, fp8_block128, ...")
     layer.add_argument("--xla-seconds", type=float, default=0.2, help="what a call of the peer xla may take")
     layer.set_defaults(bench=_fused_moe)
-    for each, models in ((into, "mixtral"), (layer, "qwen3-30b,mixtral,dsv3-tp8")):
+    tuner = commands.add_parser("tune", help="search tiles for the matmuls of a routed FFN, on a Hopper GPU")
+    tuner.add_argument("--schemes", default="all", help="all, or names with commas: bf16, fp8_block128, ...")
+    tuner.add_argument("--limit-s", type=float, default=540, help="seconds for all that was asked for")
+    tuner.add_argument("--out", type=Path, required=True, help="JSON table; entries of other matmuls stay")
+    tuner.set_defaults(bench=_tune)
+    for each, models in ((into, "mixtral"), (layer, "qwen3-30b,mixtral,dsv3-tp8"), (tuner, "qwen3-30b")):
         each.add_argument("--models", default=models, help="names with commas: " + ", ".join(cases.MODELS))
-    for each, tokens in ((run, "64,512,4096"), (layer, "16,64,512,4096,16384")):
+    for each, tokens in ((run, "64,512,4096"), (layer, "16,64,512,4096,16384"), (tuner, "16,64,512,4096,16384")):
         each.add_argument("--tokens", default=tokens, help="batch sizes of the models")
         each.add_argument("--routing", default="uniform", choices=cases.ROUTINGS, help="how tokens choose experts")
         each.add_argument("--seed", type=int, default=0, help="of routing and data")

@@ -7,7 +7,8 @@ from jaxtyping import Array, Float, Int32
 
 from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.formats import Format, QuantizedArray
-from pallas_kernels.fused_moe.checks import check_experts, check_routing
+from pallas_kernels.fused_moe.checks import check_config, check_experts, check_routing
+from pallas_kernels.fused_moe.config import FusedMoeConfig
 from pallas_kernels.fused_moe.gradient import Arrays, Static, run
 from pallas_kernels.grouped_matmul.operands import activation_format_for
 from pallas_kernels.implementations import Implementation
@@ -28,6 +29,7 @@ def fused_moe(
     apply_router_weight_on_input: bool = False,
     out_dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
+    config: FusedMoeConfig | None = None,
 ) -> Float[Array, "T H"]:
     """Sends each token through its experts and adds up their outputs, weighted.
 
@@ -50,6 +52,7 @@ def fused_moe(
       apply_router_weight_on_input: Multiplies `x` (rounded to its dtype) in place of the output; top_k must be 1.
       out_dtype: bf16, f16 or f32. Default: that of `x`.
       implementation: Of the matmuls: `None` for the best one here, `"xla"`, `"mosaic_gpu"` or `"mosaic_tpu"`.
+      config: Tiles of Hopper's kernels. Default: measured ones of this shape where there are any, else by a rule.
 
     Returns:
       `[T, H]`; the same bits from run to run. It is differentiable (in reverse) by `x`, `topk_weights`, biases, and
@@ -57,9 +60,11 @@ def fused_moe(
       through the rounding of `activation_format`.
 
     Raises:
-      TypeError: a dtype that is none of those above.
-      ValueError: shapes that do not fit, an unknown format or activation, router weights on the input with top_k > 1.
-      UnsupportedError: the named implementation cannot serve; differentiation by quantized weights.
+      TypeError: a dtype that is none of those above, a config that is no `FusedMoeConfig`.
+      ValueError: shapes that do not fit, an unknown format or activation, router weights on the input with top_k > 1, a
+        config of a matmul that XLA serves.
+      UnsupportedError: the named implementation cannot serve, or not with this config; differentiation by
+        quantized weights.
 
     Source: numerics and arguments of vllm/model_executor/layers/fused_moe/.
 
@@ -73,10 +78,12 @@ def fused_moe(
     if w2.ndim == 3 and x.shape[1] != w2.shape[1]:
         raise ValueError(f"{x.shape=} must be [T, H] with the H={w2.shape[1]} of {w2.shape=}")
     check_experts(x.shape[1], w13, w2, activation, w13_bias, w2_bias)
+    check_config(config)
     static = Static(
         activation=activation,
         activation_format=activation_format_for(x, activation_format),
         apply_router_weight_on_input=apply_router_weight_on_input,
         implementation=implementation,
+        config=config,
     )
     return run(static, Arrays(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map), out_dtype)

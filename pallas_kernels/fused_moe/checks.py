@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.formats import QuantizedArray
+from pallas_kernels.fused_moe.config import FusedMoeConfig
 from pallas_kernels.grouped_matmul.operands import check_float, check_operand
 
 
@@ -65,3 +66,9 @@ def _check_bias(name: str, bias: jax.Array | None, shapes: tuple[tuple[int, ...]
         raise ValueError(
             f"{name}.shape={bias.shape} must be {' or '.join(str(shape) for shape in dict.fromkeys(shapes))}"
         )
+
+
+def check_config(config: FusedMoeConfig | None) -> None:
+    """Raises TypeError for anything but a config: whether its tiles serve is for the kernels to say."""
+    if config is not None and not isinstance(config, FusedMoeConfig):
+        raise TypeError(f"{config=} must be a FusedMoeConfig, with w13= and w2= for the tiles of each matmul")

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.formats import Format, QuantizedArray
+from pallas_kernels.fused_moe.config import FusedMoeConfig
 from pallas_kernels.fused_moe.experts import ExpertsCall
 from pallas_kernels.fused_moe.pipeline import (
     Prepared,
@@ -36,6 +37,7 @@ class Static(NamedTuple):
     activation_format: Format | None
     implementation: Implementation | None
     apply_router_weight_on_input: bool = False
+    config: FusedMoeConfig | None = None
 
 
 class Arrays(NamedTuple):
@@ -73,6 +75,7 @@ def _run(static: Static, arrays: Arrays) -> jax.Array:
         w13_bias=arrays.w13_bias,
         w2_bias=arrays.w2_bias,
         implementation=static.implementation,
+        config=static.config,
     )
     return _finalize(outputs, prepared, arrays)
 
@@ -125,7 +128,10 @@ _run_quantized.defvjp(_forward, _backward)
 
 
 def _run_straight_through(static: Static, arrays: Arrays) -> jax.Array:
-    """What `_run_quantized` computes, on dequantized codes in the dtype of `x`: there to be differentiated."""
+    """What `_run_quantized` computes, on dequantized codes in the dtype of `x`: there to be differentiated.
+
+    These are other matmuls than those that `static.config` is of.
+    """
     fmt = static.activation_format
     assert fmt is not None
     prepared = _prepare(static, arrays, None)

@@ -19,7 +19,8 @@ from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.bits import rounded
 from pallas_kernels.formats import Format, QuantizedArray, get_format
 from pallas_kernels.fused_moe import experts
-from pallas_kernels.fused_moe.checks import check_experts, check_routing
+from pallas_kernels.fused_moe.checks import check_config, check_experts, check_routing
+from pallas_kernels.fused_moe.config import FusedMoeConfig
 from pallas_kernels.fused_moe.experts import ExpertsCall
 from pallas_kernels.fused_moe.prepare_call import sort_and_send
 from pallas_kernels.fused_moe.rows import combine, take_tokens
@@ -124,23 +125,29 @@ def run_experts(
     w13_bias: jax.Array | None = None,
     w2_bias: jax.Array | None = None,
     implementation: Implementation | None = None,
+    config: FusedMoeConfig | None = None,
 ) -> Float[Array, "M H"]:
     """The output of each row's expert, `[T * top_k, H]`; zero in rows of none. Arguments as of `fused_moe`.
 
     In f32, but by Hopper's kernels in the dtype of the tokens.
 
     Raises:
-      TypeError: a dtype that does not serve.
-      ValueError: shapes that do not fit, other experts than the rows were sorted for, an unknown activation.
-      UnsupportedError: the named implementation cannot serve.
+      TypeError: a dtype that does not serve, a config that is no `FusedMoeConfig`.
+      ValueError: shapes that do not fit, other experts than the rows were sorted for, an unknown activation,
+        a config of a matmul that XLA serves.
+      UnsupportedError: the named implementation cannot serve, or not with this config.
     """
     activation = get_activation(activation)
+    check_config(config)
     check_experts(prepared.rows.shape[1], w13, w2, activation, w13_bias, w2_bias)
     num_experts = prepared.order.group_sizes.shape[0]
     if w2.shape[0] != num_experts:
         raise ValueError(f"{w2.shape=} has {w2.shape[0]} experts, and the rows were prepared for {num_experts}")
+    config = config or FusedMoeConfig()
     first = first_call(prepared, w13, w13_bias, activation, prepared.activation_format)
-    return experts.run(ExpertsCall(first=first, w2=w2, bias=w2_bias, dtype=prepared.dtype), implementation)
+    first = dataclasses.replace(first, config=config.w13)
+    call = ExpertsCall(first=first, w2=w2, bias=w2_bias, dtype=prepared.dtype, config=config.w2)
+    return experts.run(call, implementation)
 
 
 def finalize(

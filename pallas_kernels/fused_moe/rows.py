@@ -39,10 +39,16 @@ take_tokens.defvjp(_take_tokens_forward, _take_tokens_backward)
 @jax.custom_vjp
 def combine(rows: Float[Array, "M H"], weights: Float[Array, "T top_k"], order: ExpertOrder) -> Float[Array, "T H"]:
     """The weighted sum over the rows of each token, in f32 and in the order of the slots."""
-    weights = jnp.where(order.routed, weights, jnp.zeros_like(weights))  # also where the weight is no number
+    end: jax.Array | int = 0  # rows of no expert come last
+    if order.group_sizes.shape[0]:
+        end = order.metadata.group_starts[-1] + order.group_sizes[-1]
     total = jnp.zeros((weights.shape[0], rows.shape[1]), jnp.float32)
     for slot in range(weights.shape[1]):
-        total = total + weights[:, slot, None] * rows[order.rows[:, slot]].astype(jnp.float32)
+        row = order.rows[:, slot]
+        # Masked as late as can be, since a mask of the slots is a launch of its own; also where a weight is no number.
+        mine = jnp.broadcast_to(row[:, None] < end, total.shape)
+        weighted = weights[:, slot, None] * rows[row].astype(jnp.float32)
+        total = total + jnp.where(mine, weighted, jnp.zeros_like(weighted))
     return total
 
 

@@ -61,7 +61,7 @@ def run(call: ExpertsCall) -> jax.Array:
         (mosaic_gpu.weights_of(first), mosaic_gpu.weights_of(second)),
         mosaic_gpu.plan_of(first, config.block_m),
         config=config,
-        # The interpreter runs one program after the other, and none may wait for a later one.
+        # The interpreter runs one program after the other: none may wait for a later one.
         num_programs=1 if interpreting.get() is not None else min(num_cores(), most * -(-widest // config.block_n)),
     )
     return out

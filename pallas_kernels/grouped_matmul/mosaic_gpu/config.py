@@ -47,8 +47,8 @@ class MosaicGpuConfig:
 
     @property
     def smem_bytes(self) -> int:
-        """Shared memory of operands and output; barriers take a little more."""
-        operands = self.stages * STEP_BYTES * (self.block_m + self.block_n)
+        """Shared memory of operands, the scales of their rows, barriers and output."""
+        operands = self.stages * (STEP_BYTES * (self.block_m + self.block_n) + 4 * self.block_m + 16)
         return operands + 2 * COMPUTE_WARPGROUPS * WARPGROUP_ROWS * STORE_BYTES
 
 
@@ -73,7 +73,7 @@ def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool)
     keep more loads in flight, unless each step has its scales to wait for (LOGBOOK.md has the measurements).
     """
     if block_m_for(m, num_experts) == 128:
-        return MosaicGpuConfig(block_m=128, block_n=256 if n >= 256 else 128, stages=4 if n >= 256 else 6, band=4)
+        return MosaicGpuConfig(block_m=128, block_n=256 if n >= 256 else 128, stages=4 if n >= 256 else 5, band=4)
     if gated and n < 256:  # two narrow warpgroups would not have whole rows to store
         return MosaicGpuConfig(block_m=128, block_n=128)
     band = 1 if m <= 16 * num_experts else 2  # an expert mostly has one tile: its rows are done early

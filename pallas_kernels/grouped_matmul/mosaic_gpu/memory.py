@@ -36,6 +36,7 @@ class Slots(NamedTuple):
     loaded: Any
     consumed: Any
     stages: int
+    between: Any  # for jax's interpreter: the matmul before is done
 
     def of(self, step: jax.Array) -> jax.Array:
         """Where a step is."""
@@ -47,6 +48,8 @@ def load(matmuls: Sequence[Matmul], slots: Slots) -> None:
     """Runs ahead of the products by up to `stages` steps."""
     total: Any = jnp.int32(0)
     for matmul in matmuls:
+        if matmul.after is not None and slots.between is not None:
+            plgpu.barrier_wait(slots.between)
         total = lax.fori_loop(0, matmul.work.num_tiles, functools.partial(_load_tile, matmul, slots), total)
 
     def drain(step: jax.Array, carry: None) -> None:

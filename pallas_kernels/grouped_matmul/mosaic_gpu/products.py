@@ -24,6 +24,9 @@ def multiply(matmuls: Sequence[Matmul], slots: Slots) -> None:
     step: Any = jnp.int32(0)
     for matmul in matmuls:
         step = _Products(matmul, slots).all_tiles(step)
+        if matmul.then is not None and slots.between is not None:
+            plgpu.wait_smem_to_gmem(0)
+            plgpu.barrier_arrive(slots.between)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 

@@ -1,6 +1,8 @@
 """Row tiles that a first matmul has finished: what the second one in the same launch waits for.
 
-Atomics on a counter of each row tile, in memory; jax's interpreter passes them over, and runs one program.
+Atomics on a counter of each row tile, in memory. Blocks wait for each other, so all of a launch must be on the device
+at once: there is one for each multiprocessor. jax's interpreter passes the waits over; there a barrier between the
+matmuls of the one program takes their place.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.devices import interpreting
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
     COMPUTE_WARPGROUPS,
     STORE_BYTES,
@@ -100,6 +101,7 @@ def grouped_matmuls_sm90(
             stored[0] if len(stored) == 1 else plgpu.RefUnion(*stored),
             plgpu.Barrier(num_arrivals=1 + in_blocks + num_pieces, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+            *([plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)] if between and interpreting.get() is not None else []),
             *([plgpu.SMEM((stages, bm), jnp.float32)] if in_blocks else []),
             *(of_groups if quantizes else []),
         ],
@@ -142,7 +144,10 @@ def _kernel(
         refs = refs[1 + quantized :]
     # [steps, block_m, block_k], [steps, block_n, block_k], [2 warpgroups, slots, 64, columns], barriers [steps]
     lhs_smem, rhs_smem, stored, loaded, consumed, *of_scales = refs
-    slots, scales_smem = Slots(loaded, consumed, config.stages), None
+    done, scales_smem = None, None
+    if len(weights) > 1 and interpreting.get() is not None:
+        done, *of_scales = of_scales
+    slots = Slots(loaded, consumed, config.stages, done)
     if lhs_scales is not None and lhs_scales.of == "block":
         scales_smem, *of_scales = of_scales
     stored = [stored] if len(weights) == 1 else list(stored)

@@ -84,5 +84,5 @@ def _operands(call: Call) -> str:
 
 
 def _name(dtype: Any) -> str:
-    name = jnp.dtype(dtype).name
+    name: str = jnp.dtype(dtype).name
     return _CODES.get(name, name)

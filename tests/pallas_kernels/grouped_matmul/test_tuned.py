@@ -1,0 +1,105 @@
+"""Every entry of the table of measured tiles: it serves the matmul that it is for."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import get_activation, make_group_metadata, quantize
+from pallas_kernels.grouped_matmul import mosaic_gpu
+from pallas_kernels.grouped_matmul.call import Call
+from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig, tuned
+from pallas_kernels.hopper import HOPPER
+
+FORMATS = {  # of weights, of rows
+    "fp8_matrix": ("fp8_per_tensor", "fp8_per_tensor_dynamic"),
+    "fp8_row": ("fp8_per_channel", "fp8_per_token"),
+    "fp8_block": ("fp8_per_block", "fp8_per_group"),
+    "int8_row": ("int8_per_channel", "int8_per_token"),
+}
+REAL = {"bf16": jnp.bfloat16, "f16": jnp.float16}
+LOW = MosaicGpuConfig(block_m=64, block_n=256, stages=4, band=2)
+
+
+def call_of(shape, m):
+    """The matmul of an entry, as shapes."""
+    weights, rows = FORMATS.get(shape.operands, (None, None))
+    dtype = REAL.get(shape.operands, jnp.bfloat16)
+    sizes = (shape.experts, 2, shape.n // 2, shape.k) if shape.gated else (shape.experts, shape.n, shape.k)
+
+    def make():
+        lhs, rhs = jnp.zeros((m, shape.k), dtype), jnp.zeros(sizes, dtype)
+        group_sizes = jnp.zeros(shape.experts, jnp.int32)
+        return Call(
+            lhs=lhs if rows is None else quantize(lhs, rows),
+            rhs=rhs if weights is None else quantize(rhs, weights),
+            group_sizes=group_sizes,
+            metadata=make_group_metadata(group_sizes),
+            out_dtype=np.dtype(dtype),
+            epilogue=get_activation("silu") if shape.gated else None,
+        )
+
+    return jax.eval_shape(make)
+
+
+def complaints(entries):
+    """What is wrong, for each entry of which something is."""
+    found, seen = {}, set()
+    for i, entry in enumerate(entries):
+        try:
+            shape, m, config = tuned.read(entry)
+            assert shape.operands in {**FORMATS, **REAL}, shape.operands
+            call = call_of(shape, m)
+            assert tuned.shape_of(call) == shape
+            assert any(chip in entry["device"] for chip in HOPPER), entry["device"]
+            assert entry["jax"]
+            assert 0 < entry["us"] < entry["default_us"]
+            assert (shape, m) not in seen, "twice"
+            reason = mosaic_gpu.unsupported_anywhere(dataclasses.replace(call, config=config))
+            assert reason is None, reason
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            found[i] = f"{type(error).__name__}: {error}"
+        else:
+            seen.add((shape, m))
+    return found
+
+
+def test_every_entry_serves_its_matmul():
+    entries = json.loads(tuned.FILE.read_text())
+    assert complaints(entries) == {}
+    assert sum(map(len, tuned.table().values())) == len(entries)
+    assert entries == sorted(entries, key=lambda entry: tuned.read(entry)[:2])
+
+
+FACTS = {"us": 1.0, "default_us": 2.0, "device": "NVIDIA H200", "jax": "0.11.2"}
+GOOD = tuned.write(tuned.Shape(128, 1536, 2048, True, "fp8_block"), 512, LOW, **FACTS)
+
+
+@pytest.mark.parametrize("operands", [*FORMATS, *REAL])
+def test_kinds_of_operands(operands):
+    assert complaints([{**GOOD, "operands": operands}, {**GOOD, "operands": operands, "gated": False}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"block_m": 96}, "block_m=96 must be 64 or 128"),
+        ({"stages": 5}, "bytes of shared memory"),
+        ({"block_n": 128}, "gated it needs 128"),
+        ({"n": 192, "gated": False}, "N=192 must be a multiple of 128"),
+        ({"operands": "fp4"}, "fp4"),
+        ({"us": 2.0}, "AssertionError"),
+        ({"device": "NVIDIA A100"}, "A100"),
+    ],
+)
+def test_a_bad_entry_is_noticed(changes, says):
+    assert says in complaints([{**GOOD, **changes}])[0]
+
+
+def test_entries_that_lack_something_or_stand_there_twice_are_noticed():
+    assert "twice" in complaints([GOOD, GOOD])[1]
+    missing = {name: value for name, value in GOOD.items() if name != "stages"}
+    assert "stages" in complaints([missing])[0]
