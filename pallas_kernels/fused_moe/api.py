@@ -34,7 +34,8 @@ def fused_moe(
     """Sends each token through its experts and adds up their outputs, weighted.
 
     Sums are f32. What is rounded to the dtype of `x`: the sums of the first matmul, the activation of them (computed
-    in f32, and before it is quantized), and the result, once, after the weighted sum in f32.
+    in f32, and before it is quantized), by Hopper's kernels each expert's output, and the result, once, after the
+    weighted sum in f32.
 
     Args:
       x: bf16, f16 or f32 `[T, H]`.

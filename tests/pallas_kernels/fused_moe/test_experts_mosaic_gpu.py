@@ -196,6 +196,7 @@ def test_one_plan_for_two_layers():
         assert_close(out, expect(x, *pair, weights, ids), **REAL)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_xla():
     x, w13, w2, weights, ids = problem(t=9, i=128)
     x = x / jnp.max(jnp.abs(x), axis=1, keepdims=True)

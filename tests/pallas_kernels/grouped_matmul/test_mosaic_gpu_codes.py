@@ -158,7 +158,8 @@ def test_group_offset():
     assert_close(found, expected_of(lhs, rhs, sizes, offset=2), **EXACT)
 
 
-@pytest.mark.parametrize("pair", few(PAIRS[1:], PAIRS[1:2]), ids=str)  # in blocks both matmuls are one launch
+@pytest.mark.slow  # each half a minute; in blocks both matmuls are one launch
+@pytest.mark.parametrize("pair", PAIRS[1:], ids=str)
 def test_a_whole_layer(pair):
     """Rows quantized on the way, and the hidden values between the two matmuls."""
     rng = np.random.default_rng(2)

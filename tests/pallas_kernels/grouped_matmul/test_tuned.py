@@ -1,4 +1,4 @@
-"""Every entry of the table of measured tiles: it serves the matmul that it is for."""
+"""Tiles that the table of measured ones and the heuristic choose: they serve the matmuls that they are for."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ from pallas_kernels import get_activation, make_group_metadata, quantize
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig, tuned
+from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT, heuristic
 from pallas_kernels.hopper import HOPPER
 
 FORMATS = {  # of weights, of rows
@@ -103,3 +104,11 @@ def test_entries_that_lack_something_or_stand_there_twice_are_noticed():
     assert "twice" in complaints([GOOD, GOOD])[1]
     missing = {name: value for name, value in GOOD.items() if name != "stages"}
     assert "stages" in complaints([missing])[0]
+
+
+@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("n", [128, 192, 256, 4096])
+@pytest.mark.parametrize("m", [1, 64 * 8, 160 * 8 + 1, 1 << 17])
+def test_what_the_heuristic_takes_fits_shared_memory(m, n, gated, in_blocks):
+    assert heuristic(m=m, num_experts=8, n=n, gated=gated, in_blocks=in_blocks).smem_bytes <= SMEM_LIMIT
