@@ -70,7 +70,8 @@ class Work:
 
     def tile(self, i: jax.Array) -> Tile:
         """This block's tile `i`."""
-        index = self._program + i * self._num_programs
+        most = self._num_tiles * self.n_tiles - 1  # a block that has no tile asks for its first one too
+        index = jnp.minimum(self._program + i * self._num_programs, most)
         number, ni = in_bands(index, self._num_tiles, self.n_tiles, self.config.band)
         fields = EXPERT, ROW, FIRST, LAST, IS_EXPERT
         expert, row, first, last, is_expert = (self._tiles_gmem[field, number] for field in fields)
