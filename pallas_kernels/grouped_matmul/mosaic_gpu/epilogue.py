@@ -13,11 +13,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import WARPGROUP_ROWS
-from pallas_kernels.grouped_matmul.mosaic_gpu.requantize import OF_ROWS, Quantizer, Rows
+from pallas_kernels.grouped_matmul.mosaic_gpu.requantize import Quantizer, Rows
 from pallas_kernels.grouped_matmul.mosaic_gpu.scales import BLOCK, Pair
+from pallas_kernels.grouped_matmul.mosaic_gpu.sides import Sides, sides
 from pallas_kernels.grouped_matmul.mosaic_gpu.tiles import Tile, Work
-
-OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+from pallas_kernels.grouped_matmul.mosaic_gpu.turned import load_blocks, store_turned
 
 
 class AtEnd(NamedTuple):
@@ -35,6 +35,7 @@ class Epilogue(NamedTuple):
     bias_gmem: Any
     out_gmem: Any
     out_smem: Any
+    turned_smem: Any  # [2, block_m, 128]: rows of features before they are quantized; or None
     warpgroup: jax.Array
     num_experts: int
     out_dtype: Any  # that results are rounded to, and then quantized where there is a quantizer
@@ -53,6 +54,10 @@ class Epilogue(NamedTuple):
                 for offset in range(0, self.work.warpgroup_n, size)
             ],
         )
+
+    @property
+    def _sides(self) -> Sides:
+        return sides(self.work.config)
 
     @property
     def _chunk(self) -> int:
@@ -75,10 +80,14 @@ class Epilogue(NamedTuple):
     def store_tile(self, sums: Sequence[jax.Array], stores: jax.Array, tile: Tile, at_end: AtEnd | None) -> jax.Array:
         """Stores what this warpgroup has of a tile; `stores` counts its chunks, which take slots in turn."""
         (row, loaded_column), size = self._place(tile), self._chunk
-        begin = jnp.clip(tile.first - row, 0, WARPGROUP_ROWS)
-        count = jnp.clip(tile.last - row, 0, WARPGROUP_ROWS) - begin
+        height, in_halves = self._sides.num_tokens, size < self.out_smem.shape[-1]
+        begin = jnp.clip(tile.first - row, 0, height)
+        count = jnp.clip(tile.last - row, 0, height) - begin
         rows = Rows(row, begin, count)
-        store = self._store_half if size < self.out_smem.shape[-1] else self._store
+        if self.work.config.weights_on_m:
+            store = self._store_turned_half if in_halves else self._store_turned
+        else:
+            store = self._store_half if in_halves else self._store
         for i, offset in enumerate(range(0, self.work.warpgroup_n, size)):
             place = loaded_column + offset
             mine = (count > 0) & (place >= tile.column)
@@ -104,6 +113,41 @@ class Epilogue(NamedTuple):
         plgpu.commit_smem()
         store_rows(part, self.out_gmem, rows, pl.multiple_of(place, size))
 
+    def _store_turned(self, finish: Callable[[], jax.Array], rows: Rows, place: Any, stores: jax.Array) -> None:
+        """The same where features lie along the rows of sums."""
+        part, size = self.out_smem.at[self.warpgroup, 0], self.out_smem.shape[-1]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if self.quantizer is None:
+            store_turned(finish(), part)
+        else:
+            turned = self.turned_smem.at[self.warpgroup]
+            store_turned(finish(), turned)
+            part[...] = self.quantizer.codes(load_blocks(turned), rows, place, self.warpgroup)
+        plgpu.commit_smem()
+        store_rows(part, self.out_gmem, rows, pl.multiple_of(place, size))
+
+    def _store_turned_half(self, finish: Callable[[], jax.Array], rows: Rows, place: Any, stores: jax.Array) -> None:
+        """A block of codes, of which each warpgroup has half of the features; the first one makes them of both.
+
+        It still reads one half while the other warpgroup is on its next tile, but not on the one after that.
+        """
+        assert self.quantizer is not None
+        slot, size = lax.rem(stores, jnp.int32(2)), self.work.warpgroup_n
+        mine = pl.ds(pl.multiple_of(self.warpgroup * size, size), size)
+        store_turned(finish(), self.turned_smem.at[slot, :, mine])
+        plgpu.barrier_arrive(self.quantizer.exchanged)
+        plgpu.barrier_wait(self.quantizer.exchanged)
+
+        @pl.when(self.warpgroup == 0)
+        def _both() -> None:
+            assert self.quantizer is not None
+            both = self.out_smem.at[0, 0]
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            real = load_blocks(self.turned_smem.at[slot])
+            both[...] = self.quantizer.codes(real, rows, place, self.warpgroup)
+            plgpu.commit_smem()
+            store_rows(both, self.out_gmem, rows, pl.multiple_of(place, BLOCK))
+
     def _store_half(self, finish: Callable[[], jax.Array], rows: Rows, place: Any, stores: jax.Array) -> None:
         """A block of codes of which each warpgroup has half of the columns; the first one stores it."""
         assert self.quantizer is not None
@@ -128,17 +172,20 @@ class Epilogue(NamedTuple):
     ) -> jax.Array:
         """The output's columns `[place, place + size)`, which lie at `offset` among this warpgroup's."""
 
+        side = self._sides
+
         def rounded(half: int) -> jax.Array:
-            part = _columns(sums, half * self.work.warpgroup_n + offset, size)
+            part = side.part(sums, half * self.work.warpgroup_n + offset, size)
             if self.scales is not None:
                 of_rows, of_columns = known or (self._row_scales(row), None)
                 scales = of_columns[half] if of_columns else self._column_scales(expert, half, place, size)
-                part = _times(_times(part.astype(jnp.float32), of_rows, 0), scales, 1)
+                part = side.times(part.astype(jnp.float32), of_rows, side.tokens)
+                part = side.times(part, scales, side.features)
             if self.bias_gmem is not None:
                 biased = jnp.where(expert >= 0, expert, self.bias_gmem.shape[0] - 1)
                 features = pl.ds(pl.multiple_of(half * self.work.n_out + place, 8), size)
-                bias = plgpu.load(self.bias_gmem.at[biased, features], layout=OF_COLUMNS, optimized=False)
-                part = part + lax.broadcast_in_dim(bias, part.shape, (1,))
+                bias = plgpu.load(self.bias_gmem.at[biased, features], layout=side.of_features, optimized=False)
+                part = part + lax.broadcast_in_dim(bias, part.shape, (side.features,))
             return part.astype(self.out_dtype)
 
         activation = self.work.epilogue
@@ -147,12 +194,13 @@ class Epilogue(NamedTuple):
         return activation(*map(rounded, range(2 if self.work.gated else 1))).astype(self.out_dtype)
 
     def _row_scales(self, row: Any) -> Any:
-        """Those of 64 rows, or the one of them all."""
+        """Those of a warpgroup's rows, or the one of them all."""
         assert self.scales is not None
         of_rows = self.scales.lhs
         if of_rows.of != "row":
             return of_rows.values[0]
-        return plgpu.load(of_rows.values.at[pl.ds(row, WARPGROUP_ROWS)], layout=OF_ROWS, optimized=False)
+        side = self._sides
+        return plgpu.load(of_rows.values.at[pl.ds(row, side.num_tokens)], layout=side.of_tokens, optimized=False)
 
     def _column_scales(self, expert: Any, half: int, place: Any, size: int) -> Any:
         """Those of the output's columns `[place, place + size)` of gate or up, or the one of them all."""
@@ -160,24 +208,10 @@ class Epilogue(NamedTuple):
         of_weights, expert = self.scales.rhs, jnp.maximum(expert, 0)
         if of_weights.of == "row":
             features = pl.ds(pl.multiple_of(half * self.work.n_out + place, 8), size)
-            return plgpu.load(of_weights.values.at[expert, features], layout=OF_COLUMNS, optimized=False)
+            layout = self._sides.of_features
+            return plgpu.load(of_weights.values.at[expert, features], layout=layout, optimized=False)
         halves = of_weights.values.shape[0] // self.num_experts  # 2 with gate and up apart
         return of_weights.values[expert * halves + (half if halves > 1 else 0)]
-
-
-def _times(sums: jax.Array, scales: Any, dimension: int) -> jax.Array:
-    """Sums with a scale for each row (0) or column (1), or one for all."""
-    if scales.ndim:
-        scales = lax.broadcast_in_dim(scales, sums.shape, (dimension,))
-    found: jax.Array = sums * scales
-    return found
-
-
-def _columns(sums: Sequence[jax.Array], begin: int, size: int) -> jax.Array:
-    """Columns of sums that lie side by side in parts of one width."""
-    width = sums[0].shape[1]
-    found: jax.Array = sums[begin // width][:, begin % width : begin % width + size]
-    return found
 
 
 def store_rows(src_smem: Any, out_gmem: Any, rows: Rows, column: Any) -> None:

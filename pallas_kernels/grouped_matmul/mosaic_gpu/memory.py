@@ -84,7 +84,7 @@ def _load_tile(matmul: Matmul, slots: Slots, i: jax.Array, step: jax.Array) -> j
 
         if scales is not None:
             of_rows = scales.lhs.values.at[ki, pl.ds(tile.row, bm)]
-            plgpu.copy_gmem_to_smem(of_rows, scales_smem.at[slot], slots.loaded.at[slot])
+            plgpu.copy_gmem_to_smem(of_rows, scales_smem.at[slot, pl.ds(0, bm)], slots.loaded.at[slot])
         for place, half, offset, size in work.pieces:
             features = pl.ds(pl.multiple_of(column + (half * work.n_out + offset), 8), size)
             piece_smem = rhs_smem.at[slot, pl.ds(place, size)]

@@ -10,9 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.devices import interpreting
-from pallas_kernels.grouped_matmul.mosaic_gpu.config import WARPGROUP_ROWS
-from pallas_kernels.grouped_matmul.mosaic_gpu.requantize import OF_ROWS
 from pallas_kernels.grouped_matmul.mosaic_gpu.scales import BLOCK, Pair
+from pallas_kernels.grouped_matmul.mosaic_gpu.sides import Sides
 
 
 class Operands(NamedTuple):
@@ -25,10 +24,10 @@ class Operands(NamedTuple):
     rhs_smem: Any  # [stages, block_n, block_k]
     scales_smem: Any  # f32 [stages, block_m], those of rows in blocks
 
-    def row_scales(self, first: Any, slot: Any) -> jax.Array:
-        """Those of 64 rows of a tile, from `first` on, at the step in a slot."""
-        own = self.scales_smem.at[slot, pl.ds(first, WARPGROUP_ROWS)]
-        scales: jax.Array = plgpu.load(own, layout=OF_ROWS, optimized=False)
+    def row_scales(self, first: Any, slot: Any, sides: Sides) -> jax.Array:
+        """Those of a warpgroup's rows of a tile, from `first` on, at the step in a slot."""
+        own = self.scales_smem.at[slot, pl.ds(first, sides.num_tokens)]
+        scales: jax.Array = plgpu.load(own, layout=sides.of_tokens, optimized=False)
         if interpreting.get() is not None:
             # The barrier of the free slot orders this read and the next copy into it (DeepGEMM does the same); the race
             # detector wants a fence between threads and TMA, which takes 6 % of a long matmul.

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import WARPGROUP_ROWS
 from pallas_kernels.grouped_matmul.mosaic_gpu.memory import Matmul, Slots
+from pallas_kernels.grouped_matmul.mosaic_gpu.sides import sides
 from pallas_kernels.grouped_matmul.mosaic_gpu.tiles import Part, Tile
 
 Found = TypeVar("Found")
@@ -95,8 +96,14 @@ class _Products(NamedTuple):
         config, operands, warpgroup = self.matmul.work.config, self.matmul.operands, self.matmul.store.warpgroup
         rows = pl.ds(self._first_row, WARPGROUP_ROWS) if config.split_rows else slice(None)
         first_column = 0 if config.split_rows else warpgroup * config.warpgroup_n
-        weights = operands.rhs_smem.at[slot, pl.ds(first_column + begin, size)]
-        plgpu.wgmma(acc, operands.lhs_smem.at[slot, rows], weights.transpose((1, 0)))
+        weights, tokens = (
+            operands.rhs_smem.at[slot, pl.ds(first_column + begin, size)],
+            operands.lhs_smem.at[slot, rows],
+        )
+        if config.weights_on_m:
+            plgpu.wgmma(acc, weights, tokens.transpose((1, 0)))
+        else:
+            plgpu.wgmma(acc, tokens, weights.transpose((1, 0)))
         plgpu.wgmma_wait(0)
 
     def _pass_by(self, step: jax.Array, steps: jax.Array) -> None:
@@ -118,6 +125,7 @@ class _Products(NamedTuple):
     ) -> tuple[list[jax.Array], Found]:
         """The sums over all of K at once."""
         width = self.matmul.work.config.warpgroup_n
+        shape = sides(self.matmul.work.config).shape(width)
         integers = jnp.issubdtype(self.matmul.operands.lhs_gmem.dtype, jnp.integer)
 
         def accumulate(acc: Any) -> tuple[list[jax.Array], Found]:
@@ -134,7 +142,7 @@ class _Products(NamedTuple):
             return [acc[...]], found
 
         sums: tuple[list[jax.Array], Found]
-        sums = pl.run_scoped(accumulate, plgpu.ACC((WARPGROUP_ROWS, width), jnp.int32 if integers else jnp.float32))
+        sums = pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.int32 if integers else jnp.float32))
         return sums
 
     def _sum_up_blocks(
@@ -142,12 +150,13 @@ class _Products(NamedTuple):
     ) -> tuple[list[jax.Array], Found]:
         """The sums of each block of K times its scales, added up in f32; `scales` are the first ones of weights."""
         work, operands, parts = self.matmul.work, self.matmul.operands, self.matmul.work.parts()
+        side = sides(work.config)
 
         def k_step(ki: jax.Array, carry: Any) -> Any:
             sums, of_parts = carry
             slot = self.slots.of(step + ki)
             plgpu.barrier_wait(self.slots.loaded.at[slot])
-            of_rows = operands.row_scales(self._first_row if work.config.split_rows else 0, slot)
+            of_rows = operands.row_scales(self._first_row if work.config.split_rows else 0, slot, side)
             following = self._scales_at(tile, jnp.minimum(ki + 1, work.k_steps - 1))  # on their way in the meantime
             added = []
             for part, total, of_part in zip(parts, sums, of_parts, strict=True):
@@ -157,15 +166,13 @@ class _Products(NamedTuple):
                     found: jax.Array = acc[...]
                     return found
 
-                found = pl.run_scoped(multiplied, plgpu.ACC((WARPGROUP_ROWS, part.size)))
+                found = pl.run_scoped(multiplied, plgpu.ACC(side.shape(part.size)))
                 if part is parts[-1]:
                     plgpu.barrier_arrive(self.slots.consumed.at[slot])
-                added.append(total + found * lax.broadcast_in_dim(of_rows * of_part, found.shape, (0,)))
+                added.append(total + side.times(found, of_rows * of_part, side.tokens))
             return added, following
 
-        zeros = [
-            plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, part.size), jnp.float32), plgpu.Layout.WGMMA) for part in parts
-        ]
+        zeros = [plgpu.layout_cast(jnp.zeros(side.shape(part.size), jnp.float32), plgpu.Layout.WGMMA) for part in parts]
         half = self._halfway(steps)
         carry = lax.fori_loop(0, half, k_step, (zeros, scales))
         found = meanwhile()

@@ -14,15 +14,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats import Format
-from pallas_kernels.grouped_matmul.mosaic_gpu.config import WARPGROUP_ROWS
 from pallas_kernels.grouped_matmul.mosaic_gpu.scales import BLOCK
+from pallas_kernels.grouped_matmul.mosaic_gpu.sides import OF_ROWS
 from pallas_kernels.quantize.scales import block_scales
-
-OF_ROWS = plgpu.Layout.WGMMA.reduce(1)
 
 
 class Rows(NamedTuple):
-    """64 rows of a warpgroup."""
+    """Rows of a warpgroup's tile."""
 
     row: Any  # the first one's place in the output
     begin: Any  # the first one that the tile owns
@@ -30,7 +28,7 @@ class Rows(NamedTuple):
 
 
 class Quantizer(NamedTuple):
-    """Codes and scales of 64 rows at a time.
+    """Codes and scales of a warpgroup's rows at a time.
 
     Codes are of the product with the reciprocal scale; where the definition divides, a few differ by one.
     """
@@ -42,7 +40,7 @@ class Quantizer(NamedTuple):
     written: Any  # barrier: the second one's codes are there
 
     def codes(self, real: jax.Array, rows: Rows, column: Any, warpgroup: Any) -> jax.Array:
-        """Codes of `real [64, 128]`, which begins at this column of the output; stores the scales of its rows."""
+        """Codes of `real [rows, 128]`, which begins at this column of the output; stores the scales of its rows."""
         x = real.astype(jnp.float32)
         scale = block_scales(jnp.max(jnp.abs(x), axis=1), self.format).stored
         self._store(scale, column // BLOCK, rows, warpgroup)
@@ -70,13 +68,15 @@ class Quantizer(NamedTuple):
         return codes
 
     def _store(self, scale: jax.Array, group: Any, rows: Rows, warpgroup: Any) -> None:
-        @pl.when(rows.count == WARPGROUP_ROWS)
-        def _whole() -> None:
-            self.scales_gmem[group, pl.ds(rows.row, WARPGROUP_ROWS)] = scale
+        (height,) = scale.shape
 
-        @pl.when(rows.count < WARPGROUP_ROWS)
+        @pl.when(rows.count == height)
+        def _whole() -> None:
+            self.scales_gmem[group, pl.ds(rows.row, height)] = scale
+
+        @pl.when(rows.count < height)
         def _part() -> None:  # the others belong to neighbours
-            own_smem = self.rows_smem.at[self.rows_smem.shape[0] - 1, warpgroup]
+            own_smem = self.rows_smem.at[self.rows_smem.shape[0] - 1, warpgroup, pl.ds(0, height)]
             own_smem[...] = scale
             plgpu.commit_smem()
 

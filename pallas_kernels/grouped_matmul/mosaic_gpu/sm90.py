@@ -11,6 +11,7 @@ rows that it multiplies and not for all.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,8 +24,10 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.devices import interpreting
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
+    ALIGNED_SCALES,
     COMPUTE_WARPGROUPS,
     STORE_BYTES,
+    TURNED_BYTES,
     WARPGROUP_ROWS,
     MosaicGpuConfig,
     block_k,
@@ -102,7 +105,8 @@ def grouped_matmuls_sm90(
             plgpu.Barrier(num_arrivals=1 + in_blocks + num_pieces, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             *([plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)] if between and interpreting.get() is not None else []),
-            *([plgpu.SMEM((stages, bm), jnp.float32)] if in_blocks else []),
+            *([plgpu.SMEM((stages, max(bm, ALIGNED_SCALES)), jnp.float32)] if in_blocks else []),
+            *([_turned(weights, config)] if quantizes and config.weights_on_m else []),
             *(of_groups if quantizes else []),
         ],
     )
@@ -114,10 +118,25 @@ def grouped_matmuls_sm90(
     return out[-1 - (weights[-1].out_format is not None)], None if weights[-1].out_format is None else out[-1]
 
 
+def _turned(weights: Sequence[Weights], config: MosaicGpuConfig) -> Any:
+    """Rows of what has still to be quantized."""
+    (dtype,) = {each.out_dtype for each in weights if each.out_format is not None}
+    width = STORE_BYTES // dtype.itemsize
+    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(STORE_BYTES))
+    return plgpu.SMEM((2, config.block_m, BLOCK), dtype, transforms=transforms)
+
+
 def _stored(weights: Weights, config: MosaicGpuConfig, slots: int) -> Any:
     """The chunks of results on their way from registers to memory: rows of their own, so that they are cut anywhere."""
-    dtype = weights.stored_dtype
-    width = min(STORE_BYTES // dtype.itemsize, config.warpgroup_n // (2 if weights.gated else 1))
+    dtype, halves = weights.stored_dtype, 2 if weights.gated else 1
+    if config.weights_on_m:
+        width = min(TURNED_BYTES // np.dtype(weights.out_dtype).itemsize, config.warpgroup_n // halves)
+        if weights.n_out % width:  # columns that two tiles have are stored by one
+            width = WARPGROUP_ROWS
+        if weights.out_format is not None:
+            width = BLOCK
+        return plgpu.SMEM((COMPUTE_WARPGROUPS, 1, config.block_m, width), dtype)
+    width = min(STORE_BYTES // dtype.itemsize, config.warpgroup_n // halves)
     transforms: tuple[Any, ...]
     transforms = (plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(width * dtype.itemsize))
     if weights.out_format is not None and width < BLOCK:  # the warpgroups have half of it each: no swizzled rows
@@ -144,12 +163,14 @@ def _kernel(
         refs = refs[1 + quantized :]
     # [steps, block_m, block_k], [steps, block_n, block_k], [2 warpgroups, slots, 64, columns], barriers [steps]
     lhs_smem, rhs_smem, stored, loaded, consumed, *of_scales = refs
-    done, scales_smem = None, None
+    done, scales_smem, turned_smem = None, None, None
     if len(weights) > 1 and interpreting.get() is not None:
         done, *of_scales = of_scales
     slots = Slots(loaded, consumed, config.stages, done)
     if lhs_scales is not None and lhs_scales.of == "block":
         scales_smem, *of_scales = of_scales
+    if config.weights_on_m and any(each.out_format is not None for each in weights):
+        turned_smem, *of_scales = of_scales
     stored = [stored] if len(weights) == 1 else list(stored)
     num_pieces = len(pieces(config, gated=weights[0].gated))
     matmuls: list[Matmul] = []
@@ -186,6 +207,7 @@ def _kernel(
             bias_gmem=each.bias,
             out_gmem=out_gmem,
             out_smem=out_smem,
+            turned_smem=turned_smem,
             warpgroup=warpgroup,
             num_experts=each.rhs.shape[0],
             out_dtype=each.out_dtype,
