@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pallas_kernels.fused_moe.prepare_call import PrepareCall, Sent
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import block_m_for
+from pallas_kernels.grouped_matmul.mosaic_gpu.scales import kind
 from pallas_kernels.hopper import unsupported_here
 from pallas_kernels.quantize.mosaic_gpu import tokens
 from pallas_kernels.quantize.tokens import TokensCall
@@ -44,6 +45,7 @@ def run(call: PrepareCall) -> Sent:
     from pallas_kernels.fused_moe.mosaic_gpu.prepare import sort_and_send
 
     fmt = call.format
+    in_blocks = fmt is not None and kind(fmt, weights=False) == "block"
     factor, whole = tokens.whole_matrix_scale(call.x, fmt)
     values, scales, order = sort_and_send(
         call.x,
@@ -51,6 +53,6 @@ def run(call: PrepareCall) -> Sent:
         factor,
         fmt=fmt,
         num_experts=call.num_experts,
-        block_m=block_m_for(call.ids.size, call.num_experts),
+        block_m=block_m_for(call.ids.size, call.num_experts, in_blocks=in_blocks),
     )
     return Sent(tokens.rows_of(values, scales, whole, fmt), order)

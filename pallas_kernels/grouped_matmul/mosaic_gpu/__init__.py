@@ -14,6 +14,7 @@ from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.grouped_matmul.mosaic_gpu import tuned
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
+    MOST_TOKENS_IN_BLOCKS,
     SMEM_LIMIT,
     STEP_BYTES,
     MosaicGpuConfig,
@@ -81,8 +82,11 @@ def _unsupported_config(call: Call) -> str | None:
         return None
     if not isinstance(config, MosaicGpuConfig):
         return f"config must be a MosaicGpuConfig, not {config!r}"
-    if config.smem_bytes > SMEM_LIMIT:
-        return f"{config} takes {config.smem_bytes} bytes of shared memory of {SMEM_LIMIT}; use fewer stages"
+    in_blocks = _in_blocks(call)
+    if (size := config.smem_bytes(in_blocks=in_blocks)) > SMEM_LIMIT:
+        return f"{config} takes {size} bytes of shared memory of {SMEM_LIMIT}; use fewer stages"
+    if in_blocks and config.weights_on_m and config.block_m * config.block_n > MOST_TOKENS_IN_BLOCKS * 256:
+        return f"{config} needs more registers than there are: with scales of blocks {MOST_TOKENS_IN_BLOCKS=}"
     n = math.prod(call.rhs.shape[1:-1])
     if call.gated and config.warpgroup_n < 128:
         return f"{config} gives a warpgroup {config.warpgroup_n} columns; gated it needs 128, gate and up"
@@ -167,14 +171,19 @@ def config_of(call: Call) -> MosaicGpuConfig:
     config: MosaicGpuConfig | None = call.config or tuned.config_for(call)
     if config is not None:
         return config
-    lhs = call.lhs.format if isinstance(call.lhs, QuantizedArray) else call.activation_format
     return heuristic(
         m=call.lhs.shape[0],
         num_experts=call.rhs.shape[0],
         n=math.prod(call.rhs.shape[1:-1]),
         gated=call.gated,
-        in_blocks=lhs is not None and kind(lhs, weights=False) == "block",
+        in_blocks=_in_blocks(call),
     )
+
+
+def _in_blocks(call: Call) -> bool:
+    """Whether the rows have scales of 1x128 blocks."""
+    lhs = call.lhs.format if isinstance(call.lhs, QuantizedArray) else call.activation_format
+    return lhs is not None and kind(lhs, weights=False) == "block"
 
 
 def quantizes(call: Call, fmt: Format) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ WARPGROUP_ROWS = 64  # of one wgmma
 COMPUTE_WARPGROUPS = 2
 STEP_BYTES = 128  # of K per pipeline step: one swizzled row
 STORE_BYTES = 128  # width of the column chunks that go from registers to memory: one swizzled row
-TURNED_BYTES = 256  # and where they are turned on their way
+TURNED_BYTES = 256  # of a row of 128 columns, while it is turned
 ALIGNED_SCALES = 32  # of the rows of a step: the next ones begin where the TMA may write, at 128 bytes
+MOST_TOKENS, MOST_TOKENS_IN_BLOCKS = 160, 64  # per tile, with weights on M: what the sums' registers hold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,32 +26,31 @@ class MosaicGpuConfig:
       ValueError: a size that the hardware's instructions do not have; the message says which they do.
     """
 
-    # Rows of one expert per tile. 128: a warpgroup has half of the rows, 64: half of the columns. 16 or 32: the same, and
-    # weights are on the side of the products that is never less than 64.
-    block_m: int
+    block_m: int  # rows of one expert per tile
     block_n: int  # rows of the weights per tile
     stages: int = 4  # steps whose operands sit in shared memory at once
     band: int = 8  # row tiles that share a column of weights before the next column, so that it comes from L2
+    # Which of the two is on that side of the tensor cores' products that is a multiple of 64. With tokens there, a
+    # warpgroup has half of the rows of 128, or half of the columns; with weights it always has half of these.
+    weights_on_m: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_m not in (16, 32, 64, 128):
+        if self.weights_on_m and (self.block_m % 16 or not 16 <= self.block_m <= MOST_TOKENS):
             raise ValueError(
-                f"block_m={self.block_m} must be 16, 32, {WARPGROUP_ROWS} or {2 * WARPGROUP_ROWS}"
+                f"block_m={self.block_m} must be a multiple of 16, at most {MOST_TOKENS}, with weights on M"
             )
-        if self.block_n % 128 or not 128 <= self.block_n <= 512 // max(1, self.block_m // 64):
-            raise ValueError(f"block_n={self.block_n} must be a multiple of 128, at most 256 for each warpgroup")
+        if not self.weights_on_m and self.block_m not in (64, 128):
+            raise ValueError(f"block_m={self.block_m} must be 64 or 128: two warpgroups of {WARPGROUP_ROWS} rows")
+        most = 512 if self.weights_on_m and self.block_m <= 64 else 256 if self.weights_on_m or self.split_rows else 512
+        if self.block_n % 128 or not 128 <= self.block_n <= most:
+            raise ValueError(f"block_n={self.block_n} must be a multiple of 128, at most {most} with {self.block_m=}")
         if self.stages < 2 or self.band < 1:
             raise ValueError(f"stages={self.stages} must be at least 2 and band={self.band} at least 1")
 
     @property
     def split_rows(self) -> bool:
         """Whether the warpgroups share the rows of a tile, not its columns."""
-        return self.block_m == 2 * WARPGROUP_ROWS
-
-    @property
-    def weights_on_m(self) -> bool:
-        """Whether the products' rows are weights, and their columns tokens."""
-        return self.block_m < WARPGROUP_ROWS
+        return self.block_m == 2 * WARPGROUP_ROWS and not self.weights_on_m
 
     @property
     def warpgroup_n(self) -> int:
@@ -57,13 +58,21 @@ class MosaicGpuConfig:
         return self.block_n if self.split_rows else self.block_n // COMPUTE_WARPGROUPS
 
     @property
-    def smem_bytes(self) -> int:
+    def chunk_m(self) -> int:
+        """Rows that are turned and stored at once, with weights on M."""
+        return next(size for size in (48, 32, 16) if self.block_m % size == 0)
+
+    def smem_bytes(self, *, in_blocks: bool) -> int:
         """Shared memory of operands, the scales of their rows, barriers and output."""
-        step = STEP_BYTES * (self.block_m + self.block_n) + 4 * max(self.block_m, ALIGNED_SCALES) + 16
-        operands = self.stages * step
-        if self.weights_on_m:  # before they are turned and after
-            return operands + COMPUTE_WARPGROUPS * self.block_m * 2 * TURNED_BYTES
-        return operands + 2 * COMPUTE_WARPGROUPS * WARPGROUP_ROWS * STORE_BYTES
+        step = STEP_BYTES * (self.block_m + self.block_n) + 16
+        if in_blocks:
+            step += 4 * max(self.block_m, ALIGNED_SCALES)
+        if not self.weights_on_m:
+            return self.stages * step + 2 * COMPUTE_WARPGROUPS * WARPGROUP_ROWS * STORE_BYTES
+        output = 2 * COMPUTE_WARPGROUPS * self.chunk_m * STORE_BYTES
+        if in_blocks:  # and what is turned before it is quantized, and 64 scales of each kind
+            output += 2 * self.chunk_m * TURNED_BYTES + 2048
+        return self.stages * step + output
 
 
 def block_k(dtype: Any) -> int:
@@ -72,31 +81,37 @@ def block_k(dtype: Any) -> int:
     return size
 
 
-def block_m_for(m: int, num_experts: int) -> int:
-    """Rows of a tile that `heuristic` mostly takes for `m` rows over `num_experts` experts.
+def block_m_for(m: int, num_experts: int, *, in_blocks: bool) -> int:
+    """Rows of a tile that `heuristic` mostly takes for `m` rows over `num_experts` experts."""
+    tokens = _tokens(m, num_experts, in_blocks=in_blocks)
+    return tokens if tokens is not None else 128
 
-    Few experts are large ones: many steps for each tile, which make up for smaller tiles and leave fewer empty rows.
+
+def _tokens(m: int, num_experts: int, *, in_blocks: bool) -> int | None:
+    """Rows of a tile with weights on M: as many as nearly all experts have, or equal parts of them; or None.
+
+    The rows of an expert vary by about the root of their mean, and a tile begins up to 7 rows before them.
     """
-    if m <= 20 * num_experts:
-        return 16 if m <= 6 * num_experts else 32
-    return 128 if m > (160 if num_experts <= 16 else 64) * num_experts else 64
+    mean = m / num_experts
+    span = mean + 1.75 * math.sqrt(mean) + 4
+    if in_blocks and span > MOST_TOKENS_IN_BLOCKS:
+        return None
+    return 16 * math.ceil(span / math.ceil(span / MOST_TOKENS) / 16)
 
 
 def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool) -> MosaicGpuConfig:
     """The tiles for `m` rows over `num_experts` experts with `n` rows of weights each.
 
-    Wide tiles reach the tensor cores' rate; with few rows for each expert the weights' bytes bind, and narrow tiles
-    keep more loads in flight, unless each step has its scales to wait for (LOGBOOK.md has the measurements).
+    Wide tiles reach the tensor cores' rate; with few rows for each expert the weights' bytes bind, and a tile has them
+    all, so that weights are read once (LOGBOOK.md has the measurements).
     """
-    if block_m_for(m, num_experts) == 128:
-        return MosaicGpuConfig(block_m=128, block_n=256 if n >= 256 else 128, stages=4 if n >= 256 else 5, band=4)
-    if gated and n < 256:  # two narrow warpgroups would not have whole rows to store
-        return MosaicGpuConfig(block_m=128, block_n=128)
+    block_n = 256 if n >= 256 else 128
+    tokens = _tokens(m, num_experts, in_blocks=in_blocks)
+    if tokens is None or (gated and n < 256):  # two narrow warpgroups would not have whole rows to store
+        return MosaicGpuConfig(block_m=128, block_n=block_n, stages=4 if n >= 256 else 5, band=4)
     band = 1 if m <= 20 * num_experts else 2  # an expert mostly has one tile: its rows are done early
-    if (block_m := block_m_for(m, num_experts)) < WARPGROUP_ROWS:
-        return MosaicGpuConfig(
-            block_m=block_m, block_n=256 if n >= 256 else 128, stages=6 if block_m == 16 else 5, band=band
-        )
-    if n >= 256 and (gated or in_blocks):
-        return MosaicGpuConfig(block_m=64, block_n=256, band=band)
-    return MosaicGpuConfig(block_m=64, block_n=128, stages=6, band=band)
+    configs = (
+        MosaicGpuConfig(block_m=tokens, block_n=block_n, stages=stages, band=band, weights_on_m=True)
+        for stages in range(6, 1, -1)
+    )
+    return next(config for config in configs if config.smem_bytes(in_blocks=in_blocks) <= SMEM_LIMIT)

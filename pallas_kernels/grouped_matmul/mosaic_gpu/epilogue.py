@@ -23,8 +23,16 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.turned import load_blocks, store_t
 class AtEnd(NamedTuple):
     """Scales that multiply the sums of whole rows of K."""
 
-    of_rows: Any
+    of_rows: Any  # of each chunk of rows
     of_columns: Any  # of each chunk of columns, of gate and up
+
+
+class Chunk(NamedTuple):
+    """A part of a warpgroup's sums that is stored at once."""
+
+    row: int  # its first one, where tokens are along the columns of sums
+    offset: int  # its first feature
+    size: int  # how many
 
 
 class Epilogue(NamedTuple):
@@ -35,7 +43,7 @@ class Epilogue(NamedTuple):
     bias_gmem: Any
     out_gmem: Any
     out_smem: Any
-    turned_smem: Any  # [2, block_m, 128]: rows of features before they are quantized; or None
+    turned_smem: Any  # [2, chunk_m, 128]: rows of features before they are quantized; or None
     warpgroup: jax.Array
     num_experts: int
     out_dtype: Any  # that results are rounded to, and then quantized where there is a quantizer
@@ -43,12 +51,16 @@ class Epilogue(NamedTuple):
 
     def scales_of(self, tile: Tile) -> AtEnd | None:
         """Those that multiply a tile's sums at its end: there by then, where registers can hold them as long."""
-        if self.scales is None or self.work.config.warpgroup_n > 128:
+        config = self.work.config
+        if self.scales is None or (config.block_m > 64 if config.weights_on_m else config.warpgroup_n > 128):
             return None
+        return self._at_end(tile)
+
+    def _at_end(self, tile: Tile) -> AtEnd:
         row, column = self._place(tile)
         halves, size = range(2 if self.work.gated else 1), self._chunk
         return AtEnd(
-            self._row_scales(row),
+            [self._row_scales(row + first) for first in range(0, self._sides.num_tokens, self._chunk_m)],
             [
                 [self._column_scales(tile.expert, half, column + offset, size) for half in halves]
                 for offset in range(0, self.work.warpgroup_n, size)
@@ -65,6 +77,11 @@ class Epilogue(NamedTuple):
         size: int = min(self.out_smem.shape[-1], self.work.warpgroup_n)
         return size
 
+    @property
+    def _chunk_m(self) -> int:
+        """Rows that are stored at once."""
+        return self.work.config.chunk_m if self.work.config.weights_on_m else WARPGROUP_ROWS
+
     def _place(self, tile: Tile) -> tuple[Any, Any]:
         """The first row and column of what this warpgroup has of a tile."""
         column = self.work.loaded_column(tile.column)
@@ -79,28 +96,27 @@ class Epilogue(NamedTuple):
 
     def store_tile(self, sums: Sequence[jax.Array], stores: jax.Array, tile: Tile, at_end: AtEnd | None) -> jax.Array:
         """Stores what this warpgroup has of a tile; `stores` counts its chunks, which take slots in turn."""
-        (row, loaded_column), size = self._place(tile), self._chunk
-        height, in_halves = self._sides.num_tokens, size < self.out_smem.shape[-1]
-        begin = jnp.clip(tile.first - row, 0, height)
-        count = jnp.clip(tile.last - row, 0, height) - begin
-        rows = Rows(row, begin, count)
+        (first_row, loaded_column), size, height = self._place(tile), self._chunk, self._chunk_m
+        in_halves = size < self.out_smem.shape[-1]
         if self.work.config.weights_on_m:
             store = self._store_turned_half if in_halves else self._store_turned
+            if at_end is None and self.scales is not None:
+                at_end = self._at_end(tile)  # one wait for all chunks
         else:
             store = self._store_half if in_halves else self._store
-        for i, offset in enumerate(range(0, self.work.warpgroup_n, size)):
-            place = loaded_column + offset
-            mine = (count > 0) & (place >= tile.column)
-            known = None if at_end is None else (at_end.of_rows, at_end.of_columns[i])
-
-            @pl.when(mine)
-            def _store(
-                offset: int = offset, place: Any = place, stores: jax.Array = stores, known: Any = known
-            ) -> None:
-                finish = functools.partial(self._finish, sums, tile.expert, row, place, offset, size, known)
-                store(finish, rows, place, stores)
-
-            stores = stores + mine.astype(jnp.int32)
+        for chunk in range(self._sides.num_tokens // height):
+            row = first_row + chunk * height
+            begin = jnp.clip(tile.first - row, 0, height)
+            count = jnp.clip(tile.last - row, 0, height) - begin
+            rows = Rows(row, begin, count)
+            for i, offset in enumerate(range(0, self.work.warpgroup_n, size)):
+                place = loaded_column + offset
+                mine = (count > 0) & (place >= tile.column)
+                known = None if at_end is None else (at_end.of_rows[chunk], at_end.of_columns[i])
+                which = Chunk(chunk * height, offset, size)
+                finish = functools.partial(self._finish, sums, tile.expert, row, place, which, known)
+                pl.when(mine)(functools.partial(store, finish, rows, place, stores))
+                stores = stores + mine.astype(jnp.int32)
         return stores
 
     def _store(self, finish: Callable[[], jax.Array], rows: Rows, place: Any, stores: jax.Array) -> None:
@@ -115,8 +131,9 @@ class Epilogue(NamedTuple):
 
     def _store_turned(self, finish: Callable[[], jax.Array], rows: Rows, place: Any, stores: jax.Array) -> None:
         """The same where features lie along the rows of sums."""
-        part, size = self.out_smem.at[self.warpgroup, 0], self.out_smem.shape[-1]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        slots, size = self.out_smem.shape[1], self.out_smem.shape[-1]
+        part = self.out_smem.at[self.warpgroup, lax.rem(stores, jnp.int32(slots))]
+        plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
         if self.quantizer is None:
             store_turned(finish(), part)
         else:
@@ -127,26 +144,26 @@ class Epilogue(NamedTuple):
         store_rows(part, self.out_gmem, rows, pl.multiple_of(place, size))
 
     def _store_turned_half(self, finish: Callable[[], jax.Array], rows: Rows, place: Any, stores: jax.Array) -> None:
-        """A block of codes, of which each warpgroup has half of the features; the first one makes them of both.
+        """A block of codes, of which each warpgroup has half of the features; they make the codes of both in turn.
 
-        It still reads one half while the other warpgroup is on its next tile, but not on the one after that.
+        One still reads while the other is on its next block, but not on the one after that.
         """
         assert self.quantizer is not None
-        slot, size = lax.rem(stores, jnp.int32(2)), self.work.warpgroup_n
+        turn, size = lax.rem(stores, jnp.int32(2)), self.work.warpgroup_n
         mine = pl.ds(pl.multiple_of(self.warpgroup * size, size), size)
-        store_turned(finish(), self.turned_smem.at[slot, :, mine])
+        store_turned(finish(), self.turned_smem.at[turn, :, mine])
         plgpu.barrier_arrive(self.quantizer.exchanged)
         plgpu.barrier_wait(self.quantizer.exchanged)
 
-        @pl.when(self.warpgroup == 0)
+        @pl.when(self.warpgroup == turn)
         def _both() -> None:
             assert self.quantizer is not None
-            both = self.out_smem.at[0, 0]
+            both = self.out_smem.at[self.warpgroup, 0]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            real = load_blocks(self.turned_smem.at[slot])
-            both[...] = self.quantizer.codes(real, rows, place, self.warpgroup)
+            real, column = load_blocks(self.turned_smem.at[turn]), place - self.warpgroup * size
+            both[...] = self.quantizer.codes(real, rows, column, self.warpgroup)
             plgpu.commit_smem()
-            store_rows(both, self.out_gmem, rows, pl.multiple_of(place, BLOCK))
+            store_rows(both, self.out_gmem, rows, pl.multiple_of(column, BLOCK))
 
     def _store_half(self, finish: Callable[[], jax.Array], rows: Rows, place: Any, stores: jax.Array) -> None:
         """A block of codes of which each warpgroup has half of the columns; the first one stores it."""
@@ -168,14 +185,15 @@ class Epilogue(NamedTuple):
             store_rows(both, self.out_gmem, rows, pl.multiple_of(place, BLOCK))
 
     def _finish(
-        self, sums: Sequence[jax.Array], expert: Any, row: Any, place: Any, offset: int, size: int, known: Any
+        self, sums: Sequence[jax.Array], expert: Any, row: Any, place: Any, chunk: Chunk, known: Any
     ) -> jax.Array:
-        """The output's columns `[place, place + size)`, which lie at `offset` among this warpgroup's."""
-
-        side = self._sides
+        """The output's columns from `place` on, and rows from `row` on, that are a chunk of this warpgroup's."""
+        side, size = self._sides, chunk.size
 
         def rounded(half: int) -> jax.Array:
-            part = side.part(sums, half * self.work.warpgroup_n + offset, size)
+            part = side.part(sums, half * self.work.warpgroup_n + chunk.offset, size)
+            if side.tokens:
+                part = part[:, chunk.row : chunk.row + self._chunk_m]
             if self.scales is not None:
                 of_rows, of_columns = known or (self._row_scales(row), None)
                 scales = of_columns[half] if of_columns else self._column_scales(expert, half, place, size)
@@ -199,8 +217,8 @@ class Epilogue(NamedTuple):
         of_rows = self.scales.lhs
         if of_rows.of != "row":
             return of_rows.values[0]
-        side = self._sides
-        return plgpu.load(of_rows.values.at[pl.ds(row, side.num_tokens)], layout=side.of_tokens, optimized=False)
+        own = of_rows.values.at[pl.ds(row, self._chunk_m)]
+        return plgpu.load(own, layout=self._sides.of_tokens, optimized=False)
 
     def _column_scales(self, expert: Any, half: int, place: Any, size: int) -> Any:
         """Those of the output's columns `[place, place + size)` of gate or up, or the one of them all."""

@@ -97,4 +97,4 @@ def _load_tile(matmul: Matmul, slots: Slots, i: jax.Array, step: jax.Array) -> j
 
 def _heights(block_m: int) -> list[int]:
     """Rows of tokens that are loaded at once, the fewest that hold what a tile needs: others are not looked at."""
-    return [height for height in (16, 32, 64, 128) if height <= block_m]
+    return [*(height for height in (16, 32, 64, 128) if height < block_m), block_m]

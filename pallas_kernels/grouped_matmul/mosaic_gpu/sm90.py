@@ -27,7 +27,6 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
     ALIGNED_SCALES,
     COMPUTE_WARPGROUPS,
     STORE_BYTES,
-    TURNED_BYTES,
     WARPGROUP_ROWS,
     MosaicGpuConfig,
     block_k,
@@ -123,19 +122,20 @@ def _turned(weights: Sequence[Weights], config: MosaicGpuConfig) -> Any:
     (dtype,) = {each.out_dtype for each in weights if each.out_format is not None}
     width = STORE_BYTES // dtype.itemsize
     transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(STORE_BYTES))
-    return plgpu.SMEM((2, config.block_m, BLOCK), dtype, transforms=transforms)
+    return plgpu.SMEM((2, config.chunk_m, BLOCK), dtype, transforms=transforms)
 
 
 def _stored(weights: Weights, config: MosaicGpuConfig, slots: int) -> Any:
     """The chunks of results on their way from registers to memory: rows of their own, so that they are cut anywhere."""
     dtype, halves = weights.stored_dtype, 2 if weights.gated else 1
     if config.weights_on_m:
-        width = min(TURNED_BYTES // np.dtype(weights.out_dtype).itemsize, config.warpgroup_n // halves)
-        if weights.n_out % width:  # columns that two tiles have are stored by one
-            width = WARPGROUP_ROWS
         if weights.out_format is not None:
-            width = BLOCK
-        return plgpu.SMEM((COMPUTE_WARPGROUPS, 1, config.block_m, width), dtype)
+            return plgpu.SMEM((COMPUTE_WARPGROUPS, 1, config.chunk_m, BLOCK), dtype)
+        width = STORE_BYTES // dtype.itemsize
+        if width < WARPGROUP_ROWS:  # f32: features are turned 64 at a time
+            return plgpu.SMEM((COMPUTE_WARPGROUPS, 1, config.chunk_m, WARPGROUP_ROWS), dtype)
+        rows = (plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(STORE_BYTES))
+        return plgpu.SMEM((COMPUTE_WARPGROUPS, 2, config.chunk_m, width), dtype, transforms=rows)
     width = min(STORE_BYTES // dtype.itemsize, config.warpgroup_n // halves)
     transforms: tuple[Any, ...]
     transforms = (plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(width * dtype.itemsize))

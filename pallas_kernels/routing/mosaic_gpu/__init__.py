@@ -30,6 +30,6 @@ def run(call: OrderCall) -> Order:
     """Serves a call that `unsupported` let pass."""
     from pallas_kernels.routing.mosaic_gpu.kernel import sort
 
-    block_m = block_m_for(call.ids.size, call.num_experts)
+    block_m = block_m_for(call.ids.size, call.num_experts, in_blocks=False)
     order: Order = sort(call.ids, num_experts=call.num_experts, block_m=block_m)
     return order

@@ -111,4 +111,7 @@ def test_entries_that_lack_something_or_stand_there_twice_are_noticed():
 @pytest.mark.parametrize("n", [128, 192, 256, 4096])
 @pytest.mark.parametrize("m", [1, 64 * 8, 160 * 8 + 1, 1 << 17])
 def test_what_the_heuristic_takes_fits_shared_memory(m, n, gated, in_blocks):
-    assert heuristic(m=m, num_experts=8, n=n, gated=gated, in_blocks=in_blocks).smem_bytes <= SMEM_LIMIT
+    assert (
+        heuristic(m=m, num_experts=8, n=n, gated=gated, in_blocks=in_blocks).smem_bytes(in_blocks=in_blocks)
+        <= SMEM_LIMIT
+    )
