@@ -14,8 +14,8 @@ COMPUTE_WARPGROUPS = 2
 STEP_BYTES = 128  # of K per pipeline step: one swizzled row
 STORE_BYTES = 128  # width of the column chunks that go from registers to memory: one swizzled row
 TURNED_BYTES = 256  # of a row of 128 columns, while it is turned
-ALIGNED_SCALES = 32  # of the rows of a step: the next ones begin where the TMA may write, at 128 bytes
-MOST_TOKENS, MOST_TOKENS_IN_BLOCKS = 160, 64  # per tile, with weights on M: what the sums' registers hold
+ALIGNED_SCALES = 32  # 128 bytes: where the TMA may write
+MOST_TOKENS, MOST_TOKENS_IN_BLOCKS = 160, 80  # per tile, with weights on M: what the sums' registers hold
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +66,18 @@ class MosaicGpuConfig:
         """Shared memory of operands, the scales of their rows, barriers and output."""
         step = STEP_BYTES * (self.block_m + self.block_n) + 16
         if in_blocks:
-            step += 4 * max(self.block_m, ALIGNED_SCALES)
+            step += 4 * scales_height(self.block_m)
         if not self.weights_on_m:
             return self.stages * step + 2 * COMPUTE_WARPGROUPS * WARPGROUP_ROWS * STORE_BYTES
         output = 2 * COMPUTE_WARPGROUPS * self.chunk_m * STORE_BYTES
         if in_blocks:  # and what is turned before it is quantized, and 64 scales of each kind
             output += 2 * self.chunk_m * TURNED_BYTES + 2048
         return self.stages * step + output
+
+
+def scales_height(block_m: int) -> int:
+    """Scales of rows in a step, filled up so that the next ones begin where the TMA may write."""
+    return -(-block_m // ALIGNED_SCALES) * ALIGNED_SCALES
 
 
 def block_k(dtype: Any) -> int:
@@ -84,34 +89,39 @@ def block_k(dtype: Any) -> int:
 def block_m_for(m: int, num_experts: int, *, in_blocks: bool) -> int:
     """Rows of a tile that `heuristic` mostly takes for `m` rows over `num_experts` experts."""
     tokens = _tokens(m, num_experts, in_blocks=in_blocks)
-    return tokens if tokens is not None else 128
+    return tokens or (128 if m > 64 * num_experts else 64)
 
 
 def _tokens(m: int, num_experts: int, *, in_blocks: bool) -> int | None:
-    """Rows of a tile with weights on M: as many as nearly all experts have, or equal parts of them; or None.
+    """Rows of a tile with weights on M; None: tokens are better there.
 
-    The rows of an expert vary by about the root of their mean, and a tile begins up to 7 rows before them.
+    As many as nearly all experts have, or equal parts of these: an expert has its mean and about the root of it more,
+    and a tile begins up to 7 rows before.
     """
     mean = m / num_experts
-    span = mean + 1.75 * math.sqrt(mean) + 4
-    if in_blocks and span > MOST_TOKENS_IN_BLOCKS:
+    if not (mean <= 20 or (48 < mean <= 512 and not in_blocks)):
         return None
+    span = mean + 1.75 * math.sqrt(mean) + 4
     return 16 * math.ceil(span / math.ceil(span / MOST_TOKENS) / 16)
 
 
 def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool) -> MosaicGpuConfig:
     """The tiles for `m` rows over `num_experts` experts with `n` rows of weights each.
 
-    Wide tiles reach the tensor cores' rate; with few rows for each expert the weights' bytes bind, and a tile has them
-    all, so that weights are read once (LOGBOOK.md has the measurements).
+    With few rows for each expert the weights' bytes bind: loads go on where the end of a tile is short, so there are
+    few tokens in it. With some hundreds the tensor cores bind, and tiles are filled best by equal parts of what an
+    expert has. Else they are as large as can be (LOGBOOK.md has the measurements).
     """
-    block_n = 256 if n >= 256 else 128
-    tokens = _tokens(m, num_experts, in_blocks=in_blocks)
-    if tokens is None or (gated and n < 256):  # two narrow warpgroups would not have whole rows to store
-        return MosaicGpuConfig(block_m=128, block_n=block_n, stages=4 if n >= 256 else 5, band=4)
+    block_n, narrow = 256 if n >= 256 else 128, gated and n < 256  # two such warpgroups have no whole rows to store
     band = 1 if m <= 20 * num_experts else 2  # an expert mostly has one tile: its rows are done early
-    configs = (
-        MosaicGpuConfig(block_m=tokens, block_n=block_n, stages=stages, band=band, weights_on_m=True)
-        for stages in range(6, 1, -1)
-    )
-    return next(config for config in configs if config.smem_bytes(in_blocks=in_blocks) <= SMEM_LIMIT)
+    if (tokens := _tokens(m, num_experts, in_blocks=in_blocks)) and not narrow:
+        configs = (
+            MosaicGpuConfig(block_m=tokens, block_n=block_n, stages=stages, band=band, weights_on_m=True)
+            for stages in range(6, 1, -1)
+        )
+        return next(config for config in configs if config.smem_bytes(in_blocks=in_blocks) <= SMEM_LIMIT)
+    if narrow or block_m_for(m, num_experts, in_blocks=in_blocks) == 128:
+        return MosaicGpuConfig(block_m=128, block_n=block_n, stages=4 if block_n == 256 else 5, band=4)
+    if n >= 256 and (gated or in_blocks):
+        return MosaicGpuConfig(block_m=64, block_n=256, band=band)
+    return MosaicGpuConfig(block_m=64, block_n=128, stages=6, band=band)

@@ -249,7 +249,7 @@ def store_rows(src_smem: Any, out_gmem: Any, rows: Rows, column: Any) -> None:
 
     @pl.when(count < height)
     def _part() -> None:
-        offset, size = begin, height // 2
+        offset, size = begin, 1 << (height - 1).bit_length() - 1
         while size:
             pl.when((count & size) != 0)(functools.partial(store, offset, size))
             offset, size = offset + (count & size), size // 2

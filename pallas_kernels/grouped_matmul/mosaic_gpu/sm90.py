@@ -24,12 +24,12 @@ from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.devices import interpreting
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
-    ALIGNED_SCALES,
     COMPUTE_WARPGROUPS,
     STORE_BYTES,
     WARPGROUP_ROWS,
     MosaicGpuConfig,
     block_k,
+    scales_height,
 )
 from pallas_kernels.grouped_matmul.mosaic_gpu.epilogue import Epilogue
 from pallas_kernels.grouped_matmul.mosaic_gpu.memory import Matmul, Slots, load
@@ -104,7 +104,7 @@ def grouped_matmuls_sm90(
             plgpu.Barrier(num_arrivals=1 + in_blocks + num_pieces, num_barriers=stages),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
             *([plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)] if between and interpreting.get() is not None else []),
-            *([plgpu.SMEM((stages, max(bm, ALIGNED_SCALES)), jnp.float32)] if in_blocks else []),
+            *([plgpu.SMEM((stages, scales_height(bm)), jnp.float32)] if in_blocks else []),
             *([_turned(weights, config)] if quantizes and config.weights_on_m else []),
             *(of_groups if quantizes else []),
         ],
