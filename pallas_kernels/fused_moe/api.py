@@ -10,7 +10,7 @@ from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.fused_moe.checks import check_config, check_experts, check_routing
 from pallas_kernels.fused_moe.config import FusedMoeConfig
 from pallas_kernels.fused_moe.gradient import Arrays, Static, run
-from pallas_kernels.grouped_matmul.operands import activation_format_for
+from pallas_kernels.grouped_matmul.operands import activation_format_for, result_dtype
 from pallas_kernels.implementations import Implementation
 
 
@@ -85,6 +85,7 @@ def fused_moe(
         activation_format=activation_format_for(x, activation_format),
         apply_router_weight_on_input=apply_router_weight_on_input,
         implementation=implementation,
+        out_dtype=result_dtype(x, out_dtype),
         config=config,
     )
-    return run(static, Arrays(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map), out_dtype)
+    return run(static, Arrays(x, w13, w2, topk_weights, topk_ids, w13_bias, w2_bias, expert_map))

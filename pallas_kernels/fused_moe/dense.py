@@ -9,7 +9,7 @@ from pallas_kernels.activations import Activation, get_activation
 from pallas_kernels.formats import Format, QuantizedArray
 from pallas_kernels.fused_moe.checks import check_experts, check_tokens
 from pallas_kernels.fused_moe.gradient import Arrays, Static, run
-from pallas_kernels.grouped_matmul.operands import activation_format_for
+from pallas_kernels.grouped_matmul.operands import activation_format_for, result_dtype
 from pallas_kernels.implementations import Implementation
 
 
@@ -55,5 +55,6 @@ def fused_ffn(
         activation=activation,
         activation_format=activation_format_for(x, activation_format),
         implementation=implementation,
+        out_dtype=result_dtype(x, out_dtype),
     )
-    return run(static, Arrays(x, w13, w2), out_dtype)
+    return run(static, Arrays(x, w13, w2))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+import numpy as np
 
 from pallas_kernels.activations import Activation
 from pallas_kernels.formats import Format, QuantizedArray
@@ -23,7 +23,6 @@ from pallas_kernels.fused_moe.pipeline import (
     run_experts,
 )
 from pallas_kernels.grouped_matmul.call import dispatch
-from pallas_kernels.grouped_matmul.operands import result_dtype
 from pallas_kernels.grouped_matmul.product import no_gradient
 from pallas_kernels.grouped_matmul.reference import zero_rows_of_none
 from pallas_kernels.implementations import Implementation
@@ -36,6 +35,7 @@ class Static(NamedTuple):
     activation: Activation
     activation_format: Format | None
     implementation: Implementation | None
+    out_dtype: np.dtype[Any]
     apply_router_weight_on_input: bool = False
     config: FusedMoeConfig | None = None
 
@@ -53,16 +53,15 @@ class Arrays(NamedTuple):
     expert_map: jax.Array | None = None
 
 
-def run(static: Static, arrays: Arrays, out_dtype: DTypeLike | None) -> jax.Array:
+def run(static: Static, arrays: Arrays) -> jax.Array:
     """The layer, rounded once; differentiable by all that is real."""
-    dtype = result_dtype(arrays.x, out_dtype)
     arrays = jax.tree.map(jnp.asarray, arrays)
     if 0 in (arrays.x.shape[0], 1 if arrays.topk_ids is None else arrays.topk_ids.size):
-        return jnp.zeros((arrays.x.shape[0], arrays.w2.shape[1]), dtype)
+        return jnp.zeros((arrays.x.shape[0], arrays.w2.shape[1]), static.out_dtype)
     if static.activation_format is None:
-        return _run(static, arrays).astype(dtype)
+        return _run(static, arrays)
     w13, w2 = (jax.tree.map(no_gradient, w) if isinstance(w, QuantizedArray) else w for w in (arrays.w13, arrays.w2))
-    return _run_quantized(static, arrays._replace(w13=w13, w2=w2)).astype(dtype)
+    return _run_quantized(static, arrays._replace(w13=w13, w2=w2))
 
 
 def _run(static: Static, arrays: Arrays) -> jax.Array:
@@ -77,7 +76,7 @@ def _run(static: Static, arrays: Arrays) -> jax.Array:
         implementation=static.implementation,
         config=static.config,
     )
-    return _finalize(outputs, prepared, arrays)
+    return _finalize(static, outputs, prepared, arrays)
 
 
 def _prepare(static: Static, arrays: Arrays, activation_format: Format | None) -> Prepared:
@@ -95,10 +94,10 @@ def _prepare(static: Static, arrays: Arrays, activation_format: Format | None) -
     )
 
 
-def _finalize(outputs: jax.Array, prepared: Prepared, arrays: Arrays) -> jax.Array:
+def _finalize(static: Static, outputs: jax.Array, prepared: Prepared, arrays: Arrays) -> jax.Array:
     if arrays.topk_ids is None:
-        return outputs.astype(jnp.float32)
-    return finalize(outputs, prepared, dtype=jnp.float32)
+        return outputs.astype(static.out_dtype)
+    return finalize(outputs, prepared, dtype=static.out_dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -144,4 +143,4 @@ def _run_straight_through(static: Static, arrays: Arrays) -> jax.Array:
     call = ExpertsCall(first=first, w2=arrays.w2, bias=arrays.w2_bias, dtype=prepared.dtype)
     outputs = dispatch(call.second(fake_quantize(hidden, fmt), static.implementation), static.implementation)
     assert isinstance(outputs, jax.Array)  # no out_format was given
-    return _finalize(outputs, prepared, arrays)
+    return _finalize(static, outputs, prepared, arrays)

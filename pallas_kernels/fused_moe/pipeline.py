@@ -49,6 +49,7 @@ class Prepared:
     dtype: np.dtype[Any] = dataclasses.field(metadata={"static": True})  # of the tokens
     # What the rows were quantized to, and the experts' hidden values are.
     activation_format: Format | None = dataclasses.field(default=None, metadata={"static": True})
+    implementation: Implementation | None = dataclasses.field(default=None, metadata={"static": True})  # that made them
 
 
 def prepare(
@@ -92,7 +93,14 @@ def prepare(
         order = sort_by_expert(topk_ids, num_experts, expert_map=expert_map, implementation=implementation)
         sent = _gather(x, order, fmt, implementation), order
     rows, order = sent
-    return Prepared(rows=rows, order=order, weights=weights, dtype=np.dtype(x.dtype), activation_format=fmt)
+    return Prepared(
+        rows=rows,
+        order=order,
+        weights=weights,
+        dtype=np.dtype(x.dtype),
+        activation_format=fmt,
+        implementation=implementation,
+    )
 
 
 def prepare_all(
@@ -113,7 +121,14 @@ def prepare_all(
         rows = quantize_tokens(no_gradient(x), activation_format, implementation)
     weights = jnp.ones((x.shape[0], 1), jnp.float32)
     dtype = np.dtype(x.dtype)
-    return Prepared(rows=rows, order=order, weights=weights, dtype=dtype, activation_format=activation_format)
+    return Prepared(
+        rows=rows,
+        order=order,
+        weights=weights,
+        dtype=dtype,
+        activation_format=activation_format,
+        implementation=implementation,
+    )
 
 
 def run_experts(
@@ -165,8 +180,8 @@ def finalize(
     """
     if outputs.ndim != 2 or outputs.shape[0] != prepared.rows.shape[0]:
         raise ValueError(f"{outputs.shape=} must be [T * top_k, H] with the {prepared.rows.shape[0]} rows prepared")
-    total = combine(outputs, prepared.weights, prepared.order)
-    return total.astype(prepared.dtype if dtype is None else dtype)
+    dtype = prepared.dtype if dtype is None else np.dtype(dtype)
+    return combine(outputs, prepared.weights, prepared.order, dtype, prepared.implementation)
 
 
 def _gather(x: jax.Array, order: ExpertOrder, fmt: Format | None, implementation: Implementation | None) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.fused_moe.rows import combine
@@ -21,8 +22,8 @@ def _forward(x: jax.Array, rows: jax.Array, order: ExpertOrder) -> tuple[jax.Arr
 
 
 def _backward(order: ExpertOrder, by_rows: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    by_tokens = combine(by_rows, jnp.ones(order.rows.shape, jnp.float32), order)
-    return by_tokens.astype(by_rows.dtype), jnp.zeros_like(by_rows), None
+    by_tokens = combine(by_rows, jnp.ones(order.rows.shape, jnp.float32), order, np.dtype(by_rows.dtype), None)
+    return by_tokens, jnp.zeros_like(by_rows), None
 
 
 taken.defvjp(_forward, _backward)

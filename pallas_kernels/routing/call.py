@@ -26,4 +26,5 @@ class Order(NamedTuple):
     rows: jax.Array  # int32 [n], the place of each pair
     group_starts: jax.Array  # int32 [E]
     group_sizes: jax.Array  # int32 [E]
-    plan: Any  # of the tiles of grouped matmuls over these rows, or None
+    plan: Any = None  # of the tiles of grouped matmuls over these rows
+    groups: Any = None  # int32 [2, more than E], starts and sizes, and behind them those of the rows of no expert

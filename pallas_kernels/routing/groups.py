@@ -27,6 +27,7 @@ class GroupMetadata:
 
     group_starts: Leaf  # [groups] int32, first row of each group
     plan: Any = None  # of a kernel's tiles, where sorting made one
+    groups: Any = None  # int32 [2, more than groups], where sorting made it: starts and sizes, then of all other rows
 
 
 @jax.tree_util.register_dataclass
@@ -117,7 +118,7 @@ def sort_by_expert(
         keys, pairs = lax.sort((keys, index), num_keys=1, is_stable=True)
         rows = jnp.zeros_like(index).at[pairs].set(index, unique_indices=True)
         bounds = jnp.searchsorted(keys, lax.iota(jnp.int32, num_experts + 1)).astype(jnp.int32)
-    found = Order(rows, bounds[:-1], bounds[1:] - bounds[:-1], None)
+    found = Order(rows, bounds[:-1], bounds[1:] - bounds[:-1])
     return expert_order(ids.reshape(num_tokens, top_k), num_experts, found, pairs)
 
 
@@ -145,7 +146,7 @@ def expert_order(
         rows=found.rows.reshape(ids.shape),
         routed=(ids >= 0) & (ids < num_experts),
         group_sizes=found.group_sizes,
-        metadata=GroupMetadata(group_starts=found.group_starts, plan=found.plan),
+        metadata=GroupMetadata(group_starts=found.group_starts, plan=found.plan, groups=found.groups),
     )
 
 

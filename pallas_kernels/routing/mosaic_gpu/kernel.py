@@ -147,7 +147,7 @@ def place(
         scratch_types=[*_scratch(shape, shape.held), () if cargo is None else cargo.scratch_types],
     )(flat, counts, () if cargo is None else cargo.inputs)
     plan = Plan(tiles=tiles, counters=counters, num_rows=num_pairs, block_m=block_m)
-    return Order(rows.reshape(-1), groups[0, :num_experts], groups[1, :num_experts], plan), sent
+    return Order(rows.reshape(-1), groups[0, :num_experts], groups[1, :num_experts], plan, groups), sent
 
 
 def _block_tokens(tokens: int, top_k: int, blocks: int, *, shared: bool) -> int:

@@ -27,6 +27,7 @@ def needs_interpreter(test):
 TALL = MosaicGpuConfig(block_m=128, block_n=256, stages=2)
 LOW = MosaicGpuConfig(block_m=64, block_n=128, stages=3)
 LOW_WIDE = MosaicGpuConfig(block_m=64, block_n=256, stages=2, band=1)
+WEIGHTS_ON_M = MosaicGpuConfig(block_m=96, block_n=256, stages=2, weights_on_m=True)
 GROUPS = {
     "even": (64,) * 4,
     "one takes all": (0, 256, 0, 0),
@@ -57,7 +58,7 @@ def expected_of(x, w, sizes, **options):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("config", [TALL, LOW], ids=["tall", "low"])
+@pytest.mark.parametrize("config", [TALL, LOW, WEIGHTS_ON_M], ids=["tall", "low", "weights on M"])
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
 def test_matches_definition(sizes, config):
     x, w = problem()
@@ -121,6 +122,7 @@ def test_dtypes_and_shapes():
         pytest.param("swiglustep", None, False, marks=pytest.mark.slow),
         pytest.param("situ", None, True, marks=pytest.mark.slow),
         ("gelu", None, True),
+        ("silu", WEIGHTS_ON_M, True),
         ("silu_no_mul", LOW, True),
         ("relu2_no_mul", TALL, False),
         pytest.param("gelu_no_mul", None, False, marks=pytest.mark.slow),
@@ -164,7 +166,7 @@ plan = jax.jit(plan_work, static_argnames=("num_rows", "num_experts", "block_m")
 def test_work_covers_each_row_once():
     rng = np.random.default_rng(0)
     patterns = list(itertools.product((0, 1), repeat=6))  # which groups are empty
-    for pattern, block_m in itertools.product(patterns, (64, 128)):
+    for pattern, block_m in itertools.product(patterns, (16, 64, 128, 144)):
         sizes = rng.integers(1, 200, 6).astype(np.int32) * pattern
         rows, offset = int(sizes.sum() + rng.integers(0, 90)), int(rng.integers(0, 3))
         if not rows:

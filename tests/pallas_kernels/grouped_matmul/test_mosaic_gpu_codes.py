@@ -32,8 +32,11 @@ CONFIGS = {  # each way to share a tile among the warpgroups
     "narrow": MosaicGpuConfig(block_m=128, block_n=128, stages=3),
     "columns": MosaicGpuConfig(block_m=64, block_n=128, stages=3),
     "wide columns": MosaicGpuConfig(block_m=64, block_n=256, stages=2, band=1),
+    "weights": MosaicGpuConfig(block_m=16, block_n=256, stages=3, weights_on_m=True),
+    "narrow weights": MosaicGpuConfig(block_m=48, block_n=128, stages=2, weights_on_m=True),
+    "weights, chunks of rows": MosaicGpuConfig(block_m=80, block_n=256, stages=2, weights_on_m=True),
 }
-QUICK = [(PAIRS[0], "rows"), (PAIRS[5], "wide columns")]
+QUICK = [(PAIRS[0], "rows"), (PAIRS[5], "wide columns"), (PAIRS[1], "narrow weights"), (PAIRS[0], "weights")]
 SIZES = (70, 0, 127, 3)
 EXACT = {"batch": 2e-6, "worst_row": 4e-6}  # sums of exact products in f32, in another order
 ROUNDED = {"batch": 4.5e-3, "worst_row": 7e-3}  # gate, up and their product are rounded to bf16
@@ -74,7 +77,7 @@ def test_matches_definition(pair, config):
 
 @pytest.mark.parametrize("apart", few([False, True], [True]), ids=["together", "apart"])
 @pytest.mark.parametrize(
-    ("pair", "config"), few_cases([c for c in CASES if c[1] in ("rows", "wide columns")], QUICK[:1])
+    ("pair", "config"), few_cases([c for c in CASES if c[1] in ("rows", "wide columns", "weights")], QUICK[:1])
 )
 def test_gate_and_up(pair, config, apart):
     """One after the other in `[E, 2I, K]`, and apart in `[E, 2, I, K]`, whose scales are stored otherwise."""
@@ -109,11 +112,11 @@ def in_order(codes):
     return np.where(bits >= 128, 128 - bits, bits)
 
 
-TOO_NARROW = ("narrow", "columns")  # with gate and up: for a block of the results in one tile
+TOO_NARROW = ("narrow", "columns", "narrow weights")  # with gate and up: for a block of the results in one tile
 REQUANTIZED = [(c, gated) for c in CONFIGS for gated in (False, True) if not (gated and c in TOO_NARROW)]
 
 
-@pytest.mark.parametrize(("config", "gated"), few_cases(REQUANTIZED, [("wide columns", True)]))
+@pytest.mark.parametrize(("config", "gated"), few_cases(REQUANTIZED, [("wide columns", True), ("weights", True)]))
 def test_results_in_blocks_of_fp8(config, gated):
     """The scales of what the kernel itself says without a format, and its codes but where a quotient is a midpoint."""
     lhs, rhs = problem(PAIRS[0], n=512)
