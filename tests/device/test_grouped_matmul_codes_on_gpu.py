@@ -31,9 +31,9 @@ def tolerance_of(pair):
 def random_problem(seed, pair):
     """Shapes, sizes of groups (skewed, with empty ones and rows of no expert) and codes."""
     rng = np.random.default_rng(seed)
-    m, n, k = int(rng.integers(1, 1500)), 128 * int(rng.integers(1, 13)), 128 * int(rng.integers(1, 13))
+    m, n, k = int(rng.integers(1, 1500)), 128 * int(rng.integers(1, 13)), 64 * int(rng.integers(2, 25))
     experts, sizes, offset = random_groups(rng, m)
-    x = rng.standard_normal((m, k)) * np.exp2(rng.integers(-4, 4, (m, k // 128)).repeat(128, axis=1))
+    x = rng.standard_normal((m, k)) * np.exp2(rng.integers(-4, 4, (m, -(-k // 128))).repeat(128, axis=1)[:, :k])
     w = rng.standard_normal((experts, n, k)) * np.exp2(rng.integers(-4, 4, (experts, n, 1))) / np.sqrt(k)
     x, w = (jnp.asarray(a, jnp.float32).astype(jnp.bfloat16) for a in (x, w))
     return quantize(x, by_name(pair[1])), quantize(w, by_name(pair[0])), sizes, offset

@@ -53,7 +53,8 @@ def _unsupported_arrays(call: Call) -> str | None:
         return _unsupported_codes(call, n, k)
     if lhs.dtype != rhs.dtype or lhs.dtype not in DTYPES:
         return f"it multiplies bfloat16 with bfloat16 or float16 with float16, not {lhs.dtype} with {rhs.dtype}"
-    return f"K={k} must be a multiple of 64" if k % 64 else None
+    unit = STEP_BYTES // 2 // lhs.dtype.itemsize
+    return f"K={k} must be a multiple of {unit}" if k % unit else None
 
 
 def _unsupported_codes(call: Call, n: int, k: int) -> str | None:
@@ -68,8 +69,8 @@ def _unsupported_codes(call: Call, n: int, k: int) -> str | None:
             "it multiplies fp8 with fp8 and int8 with int8, with scales of rows or whole matrices, or of 1x128 and "
             f"128x128 blocks; not {lhs} with {rhs}"
         )
-    if k % STEP_BYTES:
-        return f"K={k} must be a multiple of {STEP_BYTES} for codes of 8 bits"
+    if k % (STEP_BYTES // 2):
+        return f"K={k} must be a multiple of {STEP_BYTES // 2} for codes of 8 bits"
     of_half = n // 2 if call.gated or call.rhs.ndim > 3 else n
     if kinds[1] == "block" and of_half % 128:
         return f"N={of_half} must be a multiple of 128 for scales of 128x128 blocks"

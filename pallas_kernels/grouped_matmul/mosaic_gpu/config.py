@@ -121,7 +121,10 @@ def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool)
         )
         return next(config for config in configs if config.smem_bytes(in_blocks=in_blocks) <= SMEM_LIMIT)
     if narrow or block_m_for(m, num_experts, in_blocks=in_blocks) == 128:
-        return MosaicGpuConfig(block_m=128, block_n=block_n, stages=4 if block_n == 256 else 5, band=4)
+        band = 2 if m <= 192 * num_experts else 4  # about the row tiles of an expert
+        if in_blocks and num_experts <= 16:
+            band = 8
+        return MosaicGpuConfig(block_m=128, block_n=block_n, stages=4 if block_n == 256 else 5, band=band)
     if n >= 256 and (gated or in_blocks):
         return MosaicGpuConfig(block_m=64, block_n=256, band=band)
     return MosaicGpuConfig(block_m=64, block_n=128, stages=6, band=band)

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels.devices import interpreting
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
     COMPUTE_WARPGROUPS,
+    STEP_BYTES,
     STORE_BYTES,
     WARPGROUP_ROWS,
     MosaicGpuConfig,
@@ -59,7 +60,7 @@ def grouped_matmuls_sm90(
 ) -> tuple[Shaped[Array, "M N_out"], Float[Array, "N_out/128 M"] | None]:
     """`lhs [M, K]` times the expert of each row in `rhs [E, N, K]`; of two matmuls that result times the second one's.
 
-    K is a multiple of 128 bytes and N of 64. Codes of 8 bits come with `lhs_scales`; of blocks they have an N, or with
+    K is a multiple of 64 bytes and N of 64. Codes of 8 bits come with `lhs_scales`; of blocks they have an N, or with
     gate and up each half of it, that is a multiple of 128. The rows of a second matmul are of the dtype of the first
     ones, codes with scales of blocks if those are; its N is at least `block_n`.
 
@@ -71,7 +72,9 @@ def grouped_matmuls_sm90(
     if m % ALIGNMENT:  # a swizzled operand consists of whole groups of rows
         lhs = jnp.pad(lhs, ((0, -m % ALIGNMENT), (0, 0)))
     bm, bn, bk, stages = config.block_m, config.block_n, block_k(lhs.dtype), config.stages
-    operand = (plgpu.TilingTransform((8, bk)), plgpu.SwizzleTransform(128))
+    # Half a step is the least that K can end with: the rest of the step is zeros then.
+    swizzle = STEP_BYTES // (2 if any(each.rhs.shape[2] % bk for each in weights) else 1)
+    operand = (plgpu.TilingTransform((8, swizzle // lhs.dtype.itemsize)), plgpu.SwizzleTransform(swizzle))
     out_type = []
     for i, each in enumerate(weights):
         height = m if i == between else max(lhs.shape[0], bm)  # as the operands of the first one
@@ -111,7 +114,7 @@ def grouped_matmuls_sm90(
     )
     # Not known to the compiler, which would unroll loops of a known length, or of a multiple of one: with 8 bits there
     # are no registers for that.
-    steps = np.array([each.rhs.shape[2] // bk for each in weights], np.int32)
+    steps = np.array([-(-each.rhs.shape[2] // bk) for each in weights], np.int32)
     counters = jax.new_ref(plan.counters) if between else None
     out = kernel(plan.tiles, steps, counters, lhs, lhs_scales, weights)
     return out[-1 - (weights[-1].out_format is not None)], None if weights[-1].out_format is None else out[-1]
@@ -135,7 +138,10 @@ def _stored(weights: Weights, config: MosaicGpuConfig, slots: int) -> Any:
         if width < WARPGROUP_ROWS:  # f32: features are turned 64 at a time
             return plgpu.SMEM((COMPUTE_WARPGROUPS, 1, config.chunk_m, WARPGROUP_ROWS), dtype)
         rows = (plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(STORE_BYTES))
-        return plgpu.SMEM((COMPUTE_WARPGROUPS, 2, config.chunk_m, width), dtype, transforms=rows)
+        slots, tiles = 2, 1
+        if config.chunk_m == config.block_m and weights.n_out % (2 * width) == 0:  # few rows: more columns at once
+            slots, tiles = 1, min(2, config.warpgroup_n // halves // width)
+        return plgpu.SMEM((COMPUTE_WARPGROUPS, slots, config.chunk_m, tiles * width), dtype, transforms=rows)
     width = min(STORE_BYTES // dtype.itemsize, config.warpgroup_n // halves)
     transforms: tuple[Any, ...]
     transforms = (plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(width * dtype.itemsize))
