@@ -6,6 +6,7 @@ H100 takes the same. A matmul that was not measured, or only with far more or fe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -23,7 +24,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.scales import kind
 FILE = Path(__file__).with_name("tuned_h200.json")
 NEAR = 2  # times as many rows as were measured, or as few
 _CODES = {"float8_e4m3fn": "fp8", "int8": "int8", "bfloat16": "bf16", "float16": "f16"}
-_TILES = ("block_m", "block_n", "stages", "band")
+_TILES = tuple(field.name for field in dataclasses.fields(MosaicGpuConfig))
 
 
 class Shape(NamedTuple):
@@ -74,7 +75,7 @@ def read(entry: Mapping[str, Any]) -> tuple[Shape, int, MosaicGpuConfig]:
 
 def write(shape: Shape, m: int, config: MosaicGpuConfig, **facts: Any) -> dict[str, Any]:
     """The entry that `read` reads; `facts` say how it was found."""
-    return {**shape._asdict(), "m": m, **{name: getattr(config, name) for name in _TILES}, **facts}
+    return {**shape._asdict(), "m": m, **dataclasses.asdict(config), **facts}
 
 
 def _operands(call: Call) -> str:
