@@ -44,10 +44,13 @@ class Scheme(NamedTuple):
 # differ by so much put one code in thirty of the hidden values on the other side of a midpoint, a step of 9 %: 1.6e-2,
 # and of the worst of 4096 rows 4.01e-2 (fp8 per channel).
 _BF16, _CODES = Limits(4e-3, 6e-3), Limits(2e-2, 5e-2)
+# One scale of all hidden values hangs on the rounding of the largest of them: 2**-8 more moves one code in twenty
+# (2.8e-2, and 6.8e-2 of the worst of 4096 rows).
+_ONE_SCALE = Limits(4e-2, 1e-1)
 
 SCHEMES = {
     "bf16": Scheme(None, None, _BF16),
-    "fp8_tensor": Scheme("fp8_per_tensor", "fp8_per_tensor_dynamic", _CODES),
+    "fp8_tensor": Scheme("fp8_per_tensor", "fp8_per_tensor_dynamic", _ONE_SCALE),
     "fp8_channel": Scheme("fp8_per_channel", "fp8_per_token", _CODES),
     "fp8_block128": Scheme("fp8_per_block", "fp8_per_group", _CODES),
     "int8_w8a8": Scheme("int8_per_channel", "int8_per_token", _CODES),

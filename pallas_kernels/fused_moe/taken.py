@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.fused_moe.rows import combine
+from pallas_kernels.implementations import UnsupportedError
 from pallas_kernels.routing import ExpertOrder
 
 
@@ -18,7 +19,7 @@ def taken(x: Float[Array, "T H"], rows: Float[Array, "M H"], order: ExpertOrder)
 
 
 def _forward(x: jax.Array, rows: jax.Array, order: ExpertOrder) -> tuple[jax.Array, ExpertOrder]:
-    return rows, order
+    return _from(rows, x), order
 
 
 def _backward(order: ExpertOrder, by_rows: jax.Array) -> tuple[jax.Array, jax.Array, None]:
@@ -27,3 +28,16 @@ def _backward(order: ExpertOrder, by_rows: jax.Array) -> tuple[jax.Array, jax.Ar
 
 
 taken.defvjp(_forward, _backward)
+
+
+@jax.custom_jvp
+def _from(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """`rows`, in a gradient; that of the gradient is an error rather than a silent zero."""
+    return rows
+
+
+@_from.defjvp
+def _from_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    raise UnsupportedError("fused_moe has no second derivative; differentiate it once")

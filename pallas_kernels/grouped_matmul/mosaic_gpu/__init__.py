@@ -99,7 +99,7 @@ def run(call: Call) -> jax.Array | QuantizedArray:
     if call.out_format is not None and not quantizes(call, call.out_format):
         real = run(dataclasses.replace(call, out_format=None))
         assert isinstance(real, jax.Array)
-        return quantize_tokens(real, call.out_format, "mosaic_gpu")
+        return quantize_tokens(real, call.out_format, "mosaic_gpu", by_reciprocal=True)
     if call.activation_format is not None:
         assert isinstance(call.lhs, jax.Array)
         codes = quantize_rows(call.lhs, call.activation_format, call.group_sizes)

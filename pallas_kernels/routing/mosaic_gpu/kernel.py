@@ -152,8 +152,8 @@ def place(
 
 def _block_tokens(tokens: int, top_k: int, blocks: int, *, shared: bool) -> int:
     """Tokens of a block, for about so many blocks; its warpgroups share one side of pairs, or have one each."""
-    wanted: int = max(WARPGROUPS, pl.cdiv(tokens, blocks))
-    if shared:
+    wanted: int = pl.cdiv(tokens, blocks)
+    if shared:  # as few as can be: a warpgroup alone quantizes its token in less time than four side by side
         return min(wanted, SIDE // top_k)
     return min(-(-wanted // WARPGROUPS), SIDE // top_k) * WARPGROUPS
 

@@ -51,7 +51,7 @@ def run(call: TokensCall) -> jax.Array | QuantizedArray:
     fmt = call.format
     num_rows = call.x.shape[0] if call.places is None else call.places.size
     factor, whole = whole_matrix_scale(call.x, fmt)
-    values, scales = send(call.x, call.places, factor, fmt=fmt, num_rows=num_rows)
+    values, scales = send(call.x, call.places, factor, fmt=fmt, num_rows=num_rows, by_reciprocal=call.by_reciprocal)
     return rows_of(values, scales, whole, fmt)
 
 

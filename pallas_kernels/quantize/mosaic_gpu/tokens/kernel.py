@@ -24,7 +24,7 @@ ROWS = 4  # of a program, at most, where a row is short
 ROW_ELEMENTS = 4096  # that a program has at once, unless one row has more
 
 
-@functools.partial(jax.jit, static_argnames=("fmt", "num_rows"))  # traced, and lowered, once for calls that are alike
+@functools.partial(jax.jit, static_argnames=("fmt", "num_rows", "by_reciprocal"))  # traced once for calls alike
 def send(
     x: Float[Array, "T K"],
     places: Int32[Array, "T top_k"] | None,
@@ -32,6 +32,7 @@ def send(
     *,
     fmt: Format | None,
     num_rows: int,
+    by_reciprocal: bool,
 ) -> tuple[Shaped[Array, "M K"], Float[Array, "blocks M"] | None]:
     """Codes and scales of the rows `[0, num_rows)`; a row that is no token's place holds what memory held.
 
@@ -40,12 +41,13 @@ def send(
       places: The rows of each token; None: token t goes to row t.
       factor: For a scale of the whole matrix: what numbers are multiplied with.
       fmt: None: tokens are copied.
+      by_reciprocal: As of `quantized`.
     """
     tokens, k = x.shape
     lay = lanes(k, in_groups=fmt is not None and fmt.block == (1, GROUP))
     rows = math.gcd(tokens, min(ROWS, max(1, ROW_ELEMENTS // k)))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, fmt=fmt, rows=rows, lay=lay),
+        functools.partial(_kernel, fmt=fmt, rows=rows, lay=lay, by_reciprocal=by_reciprocal),
         out_type=out_types(fmt, lay, num_rows, x.dtype),
         grid=(tokens // rows,),
         grid_names=("program",),
@@ -66,6 +68,7 @@ def _kernel(
     fmt: Format | None,
     rows: int,
     lay: Lanes,
+    by_reciprocal: bool,
 ) -> None:
     first = lax.axis_index("program") * rows
     tokens = [first + row for row in range(rows)]
@@ -74,7 +77,13 @@ def _kernel(
         stored: list[jax.Array] = []
         if fmt is not None:
             pieces, stored = quantized(
-                pieces, fmt, lay, factor=factor_gmem, largest_of=jnp.max, dtype=values_gmem.dtype
+                pieces,
+                fmt,
+                lay,
+                factor=factor_gmem,
+                largest_of=jnp.max,
+                dtype=values_gmem.dtype,
+                by_reciprocal=by_reciprocal,
             )
         for slot in range(1 if places_gmem is None else places_gmem.shape[1]):
             place = token if places_gmem is None else places_gmem[token, slot]

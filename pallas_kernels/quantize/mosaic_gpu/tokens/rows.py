@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.formats import Format
 from pallas_kernels.quantize.mosaic_gpu.registers import THREADS, flushed, numbers, packed, rounded
 from pallas_kernels.quantize.mosaic_gpu.tokens import GROUP
+from pallas_kernels.quantize.quotient import Divisor
 from pallas_kernels.quantize.scales import block_scales
 
 VECTORS = (8, 4, 2, 1)  # elements that a thread loads at once
@@ -81,6 +82,7 @@ def quantized(
     factor: Any,
     largest_of: Callable[[jax.Array], jax.Array],
     dtype: Any,
+    by_reciprocal: bool = False,
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """A token's codes, and its scales where they are its own: in one, or of the groups of each piece.
 
@@ -91,6 +93,7 @@ def quantized(
       factor: For a scale of the whole matrix, [1] in memory: what numbers are multiplied with.
       largest_of: Finds the largest number of a piece, where one scale is that of a row.
       dtype: Of the codes.
+      by_reciprocal: A product in place of a quotient, where one scale is that of a row: a few codes differ by one.
     """
     one, layout = (1,) * len(lay.shape), None
     by: list[Any]
@@ -101,7 +104,8 @@ def quantized(
         largest = functools.reduce(jnp.maximum, [jnp.abs(piece) for piece in pieces])
         amax = lax.broadcast_in_dim(largest_of(largest).astype(jnp.float32), one, ())
         found = block_scales(flushed(amax), fmt)
-        stored, by = [found.stored], [found.by] * len(pieces)
+        approximate = by_reciprocal and isinstance(found.by, Divisor)
+        stored, by = [found.stored], [1 / found.stored if approximate else found.by] * len(pieces)
     else:
         layout = lay.layout
         amaxes = [jnp.max(jnp.abs(piece).astype(jnp.float32), axis=1) for piece in pieces]
