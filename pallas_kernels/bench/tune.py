@@ -1,7 +1,7 @@
 """Which tiles to try for the two matmuls of a layer, which of those measured to take, and how they are written down.
 
-With the same tiles of `block_m=64` both matmuls are one launch, if the layer lets them; with others they are two. In
-two launches each matmul has a time of its own, so a list as long as the longer of the two tries all tiles of both.
+With the same tiles both matmuls are one launch, if the layer lets them; with others they are two. In two launches each
+matmul has a time of its own, so a list as long as the longer of the two tries all tiles of both.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,17 @@ from pallas_kernels.fused_moe.experts import ExpertsCall
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.call import Call
 from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig, both, tuned
-from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT, STEP_BYTES, heuristic
+from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
+    MOST_TOKENS,
+    MOST_TOKENS_IN_BLOCKS,
+    SMEM_LIMIT,
+    STEP_BYTES,
+    heuristic,
+)
 
-BLOCKS_M, BLOCKS_N, FEWEST_STAGES, BANDS = (64, 128), (128, 256), 3, (1, 2, 4, 8)
+TOKENS_ON_M, BLOCKS_N = (64, 128), (128, 256)  # rows of a tile with tokens on M; with weights there: `rows_of_tiles`
+BANDS, FEWER_STAGES, FEWEST_STAGES = (1, 2, 4, 8), (1, 2), 3
+MOST_VARIED = 3  # of the best tiles: how many are tried in other bands and with fewer stages
 GAIN, GAIN_OF_OTHER_PLAN = 0.02, 0.05  # of the time without; with another `block_m` rows are planned again
 
 
@@ -33,8 +42,7 @@ class Tiles(NamedTuple):
 
     def __str__(self) -> str:
         """Once where they are the same."""
-        said = [f"{c.block_m}x{c.block_n}, {c.stages} stages, band {c.band}" for c in self]
-        return " | ".join(dict.fromkeys(said))
+        return " | ".join(dict.fromkeys(map(_said, self)))
 
     @property
     def config(self) -> FusedMoeConfig:
@@ -89,27 +97,51 @@ class Cell:
         return self._in_one_launch[tiles]
 
 
+def blocks_m(cell: Cell) -> list[int]:
+    """Rows of a tile to try, those of the heuristic among them."""
+    shape, m = cell.keys[0]
+    most = MOST_TOKENS_IN_BLOCKS if _in_blocks(shape) else MOST_TOKENS
+    return list(dict.fromkeys((cell.block_m, *rows_of_tiles(m / shape.experts, most), *TOKENS_ON_M)))
+
+
+def rows_of_tiles(mean: float, most: int) -> list[int]:
+    """With weights on M: what nearly all experts have, in equal parts, as the heuristic takes it; and what is near.
+
+    That is 16 rows fewer, 16 more, and one part more.
+    """
+    span = mean + 1.75 * math.sqrt(mean) + 4
+    fewest = math.ceil(span / most)
+    equal, smaller = (16 * math.ceil(span / parts / 16) for parts in (fewest, fewest + 1))
+    return [rows for rows in dict.fromkeys((equal, equal - 16, equal + 16, smaller)) if 16 <= rows <= most]
+
+
 def of_a_matmul(call: Call, block_m: int, band: int) -> list[MosaicGpuConfig]:
-    """All tiles that the kernel takes for a matmul, those with most steps in flight first."""
+    """The tiles that the kernel takes for a matmul, with weights and with tokens on M, and as many stages as fit."""
     found = []
-    for block_n in BLOCKS_N:
+    sides = (True, False) if block_m in TOKENS_ON_M else (True,)
+    for weights_on_m, block_n in itertools.product(sides, BLOCKS_N):
         for stages in range(SMEM_LIMIT // (STEP_BYTES * (block_m + block_n)), FEWEST_STAGES - 1, -1):
-            config = MosaicGpuConfig(block_m=block_m, block_n=block_n, stages=stages, band=band)
+            config = MosaicGpuConfig(
+                block_m=block_m, block_n=block_n, stages=stages, band=band, weights_on_m=weights_on_m
+            )
             if mosaic_gpu.unsupported_anywhere(dataclasses.replace(call, config=config)) is None:
                 found.append(config)
+                break
     return found
 
 
 def candidates(cell: Cell) -> list[Tiles]:
-    """Tiles in the heuristic's bands; those of its `block_m` come first."""
-    found = []
-    for block_m in sorted(BLOCKS_M, key=lambda block_m: block_m != cell.block_m):
-        w13, w2 = (
-            of_a_matmul(call, block_m, config.band) for call, config in zip(cell.matmuls, cell.default, strict=True)
-        )
+    """Tiles in the heuristic's bands; those of its `block_m` come first, and those with the same on M."""
+    own, found = cell.default, list[Tiles]()
+    for block_m in blocks_m(cell):
+        w13, w2 = (of_a_matmul(call, block_m, config.band) for call, config in zip(cell.matmuls, own, strict=True))
         found += [tiles for each in w13 if cell.in_one_launch(tiles := Tiles(each, each))]
         found += in_pairs(w13, w2, cell.in_one_launch)
-    return [tiles for tiles in found if tiles != cell.default]
+
+    def differs(tiles: Tiles) -> tuple[bool, bool]:
+        return tiles.w13.block_m != own.w13.block_m, tiles.w13.weights_on_m != own.w13.weights_on_m
+
+    return sorted((tiles for tiles in found if tiles != own), key=differs)
 
 
 def in_pairs(
@@ -127,14 +159,18 @@ def in_pairs(
     return found
 
 
-def in_other_bands(cell: Cell, measured: Sequence[Measured]) -> list[Tiles]:
-    """The best tiles in one launch and in two, in the bands that were not tried."""
-    known = {each.tiles for each in measured}
-    found = {
-        Tiles(*(dataclasses.replace(config, band=band) for config in tiles)): None
-        for tiles, _ in best(cell, measured)
-        for band in BANDS
-    }
+def varied(cell: Cell, measured: Sequence[Measured]) -> list[Tiles]:
+    """The best tiles, those of the heuristic's `block_m` first, in other bands and with fewer stages."""
+    ranked = sorted(best(cell, measured), key=lambda timed: timed[0].w13.block_m != cell.block_m)
+    known, found = {each.tiles for each in measured}, dict[Tiles, None]()
+    for tiles, _ in ranked[:MOST_VARIED]:
+        in_bands = [[dataclasses.replace(config, band=band) for config in tiles] for band in BANDS]
+        with_fewer = [
+            [dataclasses.replace(config, stages=config.stages - fewer) for config in tiles]
+            for fewer in FEWER_STAGES
+            if min(config.stages for config in tiles) - fewer >= FEWEST_STAGES
+        ]
+        found |= dict.fromkeys(Tiles(*configs) for configs in (*in_bands, *with_fewer))
     return [tiles for tiles in found if tiles not in known]
 
 
@@ -144,7 +180,7 @@ def best(cell: Cell, measured: Sequence[Measured]) -> list[tuple[Tiles, float]]:
     Those in two launches may be tiles that were not measured beside each other.
     """
     found = []
-    for block_m in BLOCKS_M:
+    for block_m in dict.fromkeys(each.tiles.w13.block_m for each in measured):
         of_height = [each for each in measured if each.tiles.w13.block_m == block_m]
         together = [(tiles, us[0]) for tiles, us in of_height if len(us) == 1]
         apart = [
@@ -196,7 +232,7 @@ def search(
     """
     measured = [Measured(cell.default, measure(cell.default))]
     log(f"default: {measured[0]}")
-    for which, find in (("tiles", candidates), ("bands", lambda cell: in_other_bands(cell, measured))):
+    for which, find in (("tiles", candidates), ("variants", lambda cell: varied(cell, measured))):
         wanted = find(cell)
         for i, tiles in enumerate(wanted):
             left = left_s()
@@ -250,5 +286,20 @@ def read_entries(path: Path) -> list[dict[str, Any]]:
 def _heuristic(call: Call) -> MosaicGpuConfig:
     """What the kernel takes for a matmul that is not in the table."""
     shape = tuned.shape_of(call)
-    in_blocks = shape.operands.endswith("_block")
-    return heuristic(m=call.lhs.shape[0], num_experts=shape.experts, n=shape.n, gated=shape.gated, in_blocks=in_blocks)
+    return heuristic(
+        m=call.lhs.shape[0],
+        num_experts=shape.experts,
+        n=shape.n,
+        gated=shape.gated,
+        in_blocks=_in_blocks(shape),
+    )
+
+
+def _in_blocks(shape: tuned.Shape) -> bool:
+    """Whether scales are of blocks."""
+    return shape.operands.endswith("_block")
+
+
+def _said(config: MosaicGpuConfig) -> str:
+    on_m = "weights" if config.weights_on_m else "tokens"
+    return f"{config.block_m}x{config.block_n}, {on_m} on M, {config.stages} stages, band {config.band}"

@@ -15,9 +15,9 @@ else:
 class FusedMoeConfig:
     """Tiles of the kernels of `fused_moe` on NVIDIA Hopper, in place of what is measured or guessed for the shape.
 
-    Both matmuls share a launch where both are named with the same tiles of `block_m=64`, or only `w13` is, and the
-    call otherwise allows it; else each has its own. Rows are sorted in tiles of 64 or 128 before these are known: with
-    the other `block_m` they are planned again, in XLA.
+    Both matmuls share a launch where both are named with the same tiles, or only `w13` is, and the call otherwise
+    allows it; else, and always with tiles of `block_m=128` that have tokens on M, each has its own. Rows are sorted for
+    the heuristic's `block_m` before these are known: with another they are planned again, in XLA.
     """
 
     w13: MosaicGpuConfig | None = None  # of the first matmul; None: chosen by shape

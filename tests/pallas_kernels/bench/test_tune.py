@@ -1,6 +1,8 @@
 """The search for tiles without a GPU: what is tried, what is taken, what is written, with a clock that is made up."""
 
+import dataclasses
 import functools
+import itertools
 import json
 import re
 
@@ -15,9 +17,11 @@ from pallas_kernels.bench.layer_problem import LayerWeights
 from pallas_kernels.bench.tune import Cell, Measured, Tiles
 from pallas_kernels.fused_moe.experts import ExpertsCall
 from pallas_kernels.fused_moe.pipeline import first_call
+from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig, tuned
+from pallas_kernels.grouped_matmul.mosaic_gpu.config import MOST_TOKENS, MOST_TOKENS_IN_BLOCKS, heuristic
 
-FEW, MANY = 16, 4096  # tokens: of Qwen3-30B 1 and 256 rows for each expert
+FEW, SOME, MANY = 16, 512, 4096  # tokens: of Qwen3-30B 1, 32 and 256 rows for each expert
 
 
 @functools.cache
@@ -39,7 +43,13 @@ def cell_of(tokens=FEW, scheme="fp8_block128", model="qwen3-30b"):
     return Cell(ExpertsCall(first=first, w2=w2, bias=None, dtype=prepared.dtype))
 
 
-def low(block_n=256, stages=4, band=1):
+def flat(block_n=256, stages=6, band=1, block_m=16):
+    """Weights on M; the heuristic's for few rows."""
+    return MosaicGpuConfig(block_m=block_m, block_n=block_n, stages=stages, band=band, weights_on_m=True)
+
+
+def low(block_n=256, stages=4, band=2):
+    """Tokens on M; the heuristic's for some rows, in one launch."""
     return MosaicGpuConfig(block_m=64, block_n=block_n, stages=stages, band=band)
 
 
@@ -48,11 +58,13 @@ def tall(block_n=256, stages=4, band=4):
 
 
 def test_the_default_is_what_runs_without_a_table():
-    assert cell_of(FEW).default == Tiles(low(), low())  # one launch
-    assert cell_of(FEW, "bf16").default == Tiles(low(), low())
-    rows_apart = cell_of(FEW, "fp8_channel")  # quantized between the matmuls: two launches
+    assert cell_of(FEW).default == Tiles(flat(), flat())  # one launch
+    assert cell_of(FEW, "bf16").default == Tiles(flat(), flat())
+    assert cell_of(SOME).default == Tiles(low(), low())
+    rows_apart = cell_of(SOME, "fp8_channel")  # quantized between the matmuls: two launches
     assert rows_apart.default == Tiles(low(), low(128, 6))
     assert cell_of(MANY).default == Tiles(tall(), tall())
+    assert cell_of(MANY, "bf16").default == Tiles(*[flat(256, 4, 2, block_m=144)] * 2)
     assert [shape.operands for shape, _ in rows_apart.keys] == ["fp8_row"] * 2
     assert cell_of(FEW).keys == [
         (tuned.Shape(128, 1536, 2048, True, "fp8_block"), 128), (tuned.Shape(128, 2048, 768, False, "fp8_block"), 128),
@@ -60,30 +72,73 @@ def test_the_default_is_what_runs_without_a_table():
 
 
 @pytest.mark.parametrize("scheme", layer.SCHEMES)
-@pytest.mark.parametrize("tokens", [FEW, MANY])
+@pytest.mark.parametrize("tokens", [FEW, SOME, MANY])
 def test_candidates(tokens, scheme):
     cell = cell_of(tokens, scheme)
     found = tune.candidates(cell)
     assert len(set(found)) == len(found) < 20
     assert cell.default not in found
-    for i, call in enumerate(cell.matmuls):
-        for block_m in tune.BLOCKS_M:
-            wanted = set(tune.of_a_matmul(call, block_m, cell.default[i].band))
-            tried = {tiles[i] for tiles in found if not cell.in_one_launch(tiles)} | {cell.default[i]}
-            assert wanted <= tried
-    heights = [tiles.w13.block_m == cell.block_m for tiles in found]
-    assert heights == sorted(heights, reverse=True)
+    for block_m in tune.blocks_m(cell):
+        w13, w2 = (tune.of_a_matmul(call, block_m, cell.default.w13.band) for call in cell.matmuls)
+        pairs = [Tiles(*pair) for pair in itertools.product(w13, w2)]
+        assert {tiles for tiles in pairs if cell.in_one_launch(tiles)} <= {*found, cell.default}
+        apart, tried = ([t for t in some if not cell.in_one_launch(t)] for some in (pairs, [*found, cell.default]))
+        for i in range(2):
+            assert {tiles[i] for tiles in apart} <= {tiles[i] for tiles in tried}
+    own = cell.default.w13
+    differ = [(tiles.w13.block_m != own.block_m, tiles.w13.weights_on_m != own.weights_on_m) for tiles in found]
+    assert differ == sorted(differ)
     assert all(tiles.w13.block_m == tiles.w2.block_m for tiles in found)
+    assert {(tiles.w13.weights_on_m, tiles.w13.block_m) for tiles in found} >= {(False, 64), (False, 128), (True, 64)}
+    assert len({tiles.w13.block_m for tiles in found if tiles.w13.weights_on_m} - {64, 128}) >= 1
     shared = [tiles for tiles in found if cell.in_one_launch(tiles)]
     assert bool(shared) == (scheme in ("bf16", "fp8_block128"))
     assert all(tiles.w13 == tiles.w2 for tiles in shared)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "scheme", "expected"),
+    [
+        (FEW, "fp8_block128", [16, 32, 64, 128]),
+        (SOME, "fp8_block128", [64, 48, 32, 128]),
+        (SOME, "bf16", [64, 48, 32, 128]),
+        (MANY, "fp8_block128", [128, 80, 64]),  # no 144: scales of blocks take registers
+        (MANY, "bf16", [144, 128, 160, 96, 64]),  # 256 rows, and some for chance, in two parts or in three
+    ],
+)
+def test_rows_of_tiles(tokens, scheme, expected):
+    assert tune.blocks_m(cell_of(tokens, scheme)) == expected
+
+
+def test_rows_of_tiles_follow_the_heuristic():
+    seen = 0
+    for m in range(0, 512 * 8, 5):
+        config = heuristic(m=m, num_experts=8, n=256, gated=False, in_blocks=False)
+        if config.weights_on_m:
+            assert config.block_m == tune.rows_of_tiles(m / 8, MOST_TOKENS)[0], m
+            seen += 1
+    assert seen > 700
+    for mean, most in itertools.product((0, 1 / 32, 7, 33, 700, 1e5), (MOST_TOKENS, MOST_TOKENS_IN_BLOCKS)):
+        found = tune.rows_of_tiles(mean, most)
+        assert 2 <= len(found) <= 4
+        assert all(rows % 16 == 0 < rows <= most for rows in found)
+
+
 def test_tiles_of_a_matmul_are_those_that_fit():
     first, second = cell_of().matmuls
-    assert tune.of_a_matmul(first, 64, 1) == [low(256, 4), low(256, 3)]
-    assert tune.of_a_matmul(second, 64, 1) == [*(low(128, s) for s in (8, 7, 6, 5, 4, 3)), low(256, 4), low(256, 3)]
-    assert tune.of_a_matmul(first, 128, 4) == [*(tall(128, s) for s in (5, 4, 3)), tall(256, 4), tall(256, 3)]
+    assert tune.of_a_matmul(first, 16, 1) == [flat()]  # gated it has 256 columns
+    assert tune.of_a_matmul(second, 16, 1) == [flat(128, 11), flat()]
+    assert tune.of_a_matmul(first, 64, 2) == [flat(256, 4, 2, block_m=64), low()]
+    assert tune.of_a_matmul(second, 128, 4) == [flat(128, 5, 4, block_m=128), tall(128, 5), tall(256, 4)]
+    without_blocks = cell_of(scheme="fp8_channel").matmuls[1]  # one more stage fits without scales of rows, or more
+    assert tune.of_a_matmul(without_blocks, 128, 4) == [
+        flat(128, 6, 4, block_m=128), flat(256, 4, 4, block_m=128), tall(128, 6), tall(256, 4),
+    ]  # fmt: skip
+    for call, block_m in itertools.product((first, second, without_blocks), (16, 48, 64, 128)):
+        for config in tune.of_a_matmul(call, block_m, 1):
+            one_more = dataclasses.replace(config, stages=config.stages + 1)
+            assert mosaic_gpu.unsupported_anywhere(dataclasses.replace(call, config=config)) is None
+            assert "bytes of shared" in mosaic_gpu.unsupported_anywhere(dataclasses.replace(call, config=one_more))
 
 
 def test_pairs_are_two_launches():
@@ -93,23 +148,46 @@ def test_pairs_are_two_launches():
     assert tune.in_pairs([tall()], [tall()], cell.in_one_launch) == [Tiles(tall(), tall())]
     crossed = tune.in_pairs([low(), low(256, 3)], [low(), low(256, 3)], cell.in_one_launch)
     assert crossed == [Tiles(low(), low(256, 3)), Tiles(low(256, 3), low())]
+    turned = flat(256, 4, 2, block_m=64)  # but for its side the same
+    assert tune.in_pairs([low()], [turned], cell.in_one_launch) == [Tiles(low(), turned)]
 
 
 def test_the_best_of_two_launches_is_put_together():
-    cell = cell_of()
+    cell = cell_of(SOME)
     one = Tiles(low(), low())
     a, b = Tiles(low(), low(128, 6)), Tiles(low(256, 3), low(128, 8))
     measured = [Measured(one, (100.0,)), Measured(a, (60.0, 38.0)), Measured(b, (65.0, 30.0))]
     assert tune.best(cell, measured) == [(Tiles(low(), low(128, 8)), 90.0), (one, 100.0)]
     same = Measured(Tiles(low(256, 3), low()), (70.0, 20.0))  # its w2 with the first w13 would be one launch
     assert tune.best(cell, [*measured, same])[0] == (Tiles(low(256, 3), low()), 85.0)
+    turned = Measured(Tiles(flat(256, 5, 2, block_m=64), low(128, 4)), (50.0, 40.0))  # of the same rows
+    assert tune.best(cell, [*measured, turned])[0] == (Tiles(turned.tiles.w13, low(128, 8)), 80.0)
+    apart = Measured(Tiles(flat(256, 5, 2, block_m=48), flat(128, 5, 2, block_m=48)), (50.0, 45.0))
+    assert tune.best(cell, [*measured, apart]) == [
+        (Tiles(low(), low(128, 8)), 90.0), (apart.tiles, 95.0), (one, 100.0),
+    ]  # fmt: skip
+
+
+def test_the_best_tiles_are_varied():
+    cell = cell_of(SOME)
+    one, other = Tiles(low(), low()), Tiles(flat(256, 5, block_m=48), flat(128, 9, block_m=48))
+    measured = [Measured(one, (100.0,)), Measured(other, (60.0, 30.0)), Measured(Tiles(tall(), tall()), (95.0, 1.0))]
+    measured += [Measured(Tiles(low(band=4), low(band=4)), (101.0,)), Measured(Tiles(flat(), flat()), (94.0,))]
+    assert tune.varied(cell, measured) == [
+        *(Tiles(low(band=band), low(band=band)) for band in (1, 8)),  # of the heuristic's rows, the others are known
+        Tiles(low(256, 3), low(256, 3)),
+        *(Tiles(flat(256, 5, band, 48), flat(128, 9, band, 48)) for band in (2, 4, 8)),
+        *(Tiles(flat(256, 5 - fewer, 1, 48), flat(128, 9 - fewer, 1, 48)) for fewer in (1, 2)),
+        *(Tiles(flat(band=band), flat(band=band)) for band in (2, 4, 8)),
+        *(Tiles(flat(stages=stages), flat(stages=stages)) for stages in (5, 4)),
+    ]  # and none of the tall ones
 
 
 def test_what_is_chosen():
-    cell = cell_of()
+    cell = cell_of(SOME)
     default, better, other = Tiles(low(), low()), Tiles(low(256, 3), low(256, 3)), Tiles(tall(), tall())
 
-    def chosen(default_us, better_us, *other_us):
+    def chosen(default_us, better_us, *other_us, better=better):
         measured = [Measured(default, (default_us,)), Measured(better, (better_us,))]
         return tune.choose(cell, [*measured, *([Measured(other, other_us)] if other_us else [])])
 
@@ -121,6 +199,10 @@ def test_what_is_chosen():
     assert chosen(100, 97, 50, 42) == other
     assert chosen(100, 96, 50, 43) == better  # 3 % more is not worth another plan
     assert chosen(100, 97, 50, 47.5) == better
+    turned, flatter = (Tiles(*[flat(256, 4, 2, block_m)] * 2) for block_m in (64, 48))
+    assert chosen(100, 97, better=turned) == turned  # with the same plan
+    assert chosen(100, 97, better=flatter) is None
+    assert chosen(100, 94, better=flatter) == flatter
 
 
 def test_search(monkeypatch):
@@ -129,20 +211,19 @@ def test_search(monkeypatch):
     def measure(tiles):
         if tiles.w13.block_m == 128:
             raise RuntimeError("ptxas:\nno registers")
-        times = [100.0 + config.stages - config.band for config in tiles]
+        times = [100.0 + config.stages - config.band + config.block_m for config in tiles]
         return (sum(times),) if cell.in_one_launch(tiles) else tuple(times)
 
     measured = tune.search(cell, measure, left_s=lambda: next(clock), log=lines.append)
     assert measured[0].tiles == cell.default
     assert len({each.tiles for each in measured}) == len(measured)
-    assert tune.best(cell, measured)[0][0] in (
-        Tiles(low(256, 3, 8), low(256, 3, 8)),
-        Tiles(low(256, 3, 8), low(128, 3, 8)),
-    )
-    assert lines[0] == "default: 64x256, 4 stages, band 1: 206.0 us"
-    assert lines[1].startswith(f"tiles 1/{len(tune.candidates(cell))}, 100 s left: 64x256, 3 stages, band 1: 204.0 us")
+    assert tune.best(cell, measured)[0] == (Tiles(flat(band=8), flat(band=8)), 228.0)  # stages vary in other bands not
+    assert lines[0] == "default: 16x256, weights on M, 6 stages, band 1: 242.0 us"
+    of_default = "16x256, weights on M, 6 stages, band 1 | 16x128, weights on M, 11 stages, band 1: 121.0 + 126.0 us"
+    assert lines[1] == f"tiles 1/{len(tune.candidates(cell))}, 100 s left: {of_default}"
+    assert any("64x256, tokens on M, 4 stages, band 1: " in line for line in lines)
     assert any("left out: RuntimeError: ptxas: no registers" in line for line in lines)
-    assert any(line.startswith("bands ") for line in lines)
+    assert any(line.startswith("variants ") for line in lines)
 
 
 def test_search_stops_with_what_it_has():
@@ -175,9 +256,10 @@ def test_the_table_is_merged_and_sorted(tmp_path):
     assert [(e["n"], e["operands"], e["m"]) for e in again[:3]] == [
         (1536, "fp8_block", 128), (1536, "fp8_block", 32768), (1536, "int8_row", 128),
     ]  # fmt: skip
+    assert [(e["block_m"], e["weights_on_m"]) for e in again[:2]] == [(16, True), (128, False)]
     replaced = tune.merged(again, tune.entries_of(few, Tiles(low(256, 3), low(256, 3))), few)
     assert len(replaced) == 6
-    assert replaced[0]["stages"] == 3
+    assert (replaced[0]["stages"], replaced[0]["weights_on_m"]) == (3, False)
     assert len(tune.merged(replaced, [], few)) == 4  # measured again, and the default is as good
     tune.write_entries(path, [])
     assert json.loads(path.read_text()) == []
@@ -187,7 +269,7 @@ def test_the_table_is_merged_and_sorted(tmp_path):
 
 
 def test_what_has_no_kernel_is_said():
-    with pytest.raises(ValueError, match="w13 has no kernel to tune: K=2880"):
+    with pytest.raises(ValueError, match="w13 has no kernel to tune: N=2880"):
         cell_of(FEW, "fp8_block128", "gpt-oss-20b")
 
 
@@ -239,7 +321,8 @@ def test_the_command(tmp_path, on_gpu, capsys, monkeypatch):
     assert run(out, "--tokens", "16,4096") == 0
     entries = json.loads(out.read_text())
     assert {entry["stages"] for entry in entries} == {3}
-    assert {(entry["m"], entry["block_m"]) for entry in entries} == {(128, 64), (32768, 128)}
+    found = {(entry["m"], entry["block_m"], entry["weights_on_m"]) for entry in entries}
+    assert found == {(128, 64, True), (32768, 128, False)}
     for entry in entries:
         assert entry["us"] < entry["default_us"]
         assert (entry["device"], entry["jax"]) == ("NVIDIA H200", jax.__version__)

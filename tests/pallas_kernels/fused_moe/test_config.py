@@ -3,6 +3,7 @@
 On a CPU: calls are traced for an interpreted Hopper GPU, and not run.
 """
 
+import dataclasses
 import functools
 import json
 
@@ -22,8 +23,12 @@ E, H, INNER = 4, 256, 256
 LOW = MosaicGpuConfig(block_m=64, block_n=256, stages=3, band=4)
 NARROW = MosaicGpuConfig(block_m=64, block_n=128, stages=5, band=1)
 TALL = MosaicGpuConfig(block_m=128, block_n=128, stages=3, band=2)
-BY_HEURISTIC = MosaicGpuConfig(block_m=64, block_n=256, band=1)
+FLAT = MosaicGpuConfig(block_m=48, block_n=256, stages=3, band=4, weights_on_m=True)
+TURNED = dataclasses.replace(LOW, weights_on_m=True)
+BY_HEURISTIC = MosaicGpuConfig(block_m=16, block_n=256, stages=6, band=1, weights_on_m=True)
 TOO_LARGE = MosaicGpuConfig(block_m=128, block_n=256, stages=5)
+TOO_LARGE_IN_BLOCKS = MosaicGpuConfig(block_m=96, block_n=256, stages=4, weights_on_m=True)
+TOO_MANY_SUMS = dataclasses.replace(TOO_LARGE_IN_BLOCKS, stages=3)
 
 
 def arrays(tokens=9, codes=False, dtype=jnp.bfloat16):
@@ -67,6 +72,10 @@ LAUNCHES = {
     "another band": (config_of(BY_HEURISTIC, LOW), [BY_HEURISTIC, LOW]),
     "two heights": (config_of(LOW, TALL), [LOW, TALL]),
     "tall": (config_of(TALL, TALL), [TALL, TALL]),
+    "weights on M": (config_of(FLAT, FLAT), [("both", FLAT)]),
+    "weights on M, of the first": (config_of(FLAT, None), [("both", FLAT)]),
+    "weights on M, then tokens": (config_of(FLAT, TALL), [FLAT, TALL]),
+    "two sides of one height": (config_of(TURNED, LOW), [TURNED, LOW]),
 }
 
 
@@ -108,23 +117,34 @@ def test_gradients_compute_the_rest_with_tiles_of_their_own(codes, monkeypatch):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("config", "says"),
+    ("config", "codes", "says"),
     [
-        (config_of(TOO_LARGE, None), "281168 bytes of shared memory of 232448; use fewer stages"),
-        (config_of(None, TOO_LARGE), "281168 bytes of shared memory of 232448; use fewer stages"),
-        (config_of(NARROW, None), "gives a warpgroup 64 columns; gated it needs 128"),
-        (config_of(None, 3), "MosaicGpuConfig, not 3"),
+        (config_of(TOO_LARGE, None), False, "278608 bytes of shared memory of 232448; use fewer stages"),
+        (config_of(None, TOO_LARGE), False, "278608 bytes of shared memory of 232448; use fewer stages"),
+        (config_of(TOO_LARGE, None), True, "281168 bytes of shared memory of 232448; use fewer stages"),
+        (config_of(TOO_LARGE_IN_BLOCKS, None), True, "233024 bytes of shared memory of 232448; use fewer stages"),
+        (config_of(TOO_MANY_SUMS, None), True, "block_m=96, block_n=256, .* needs more registers .*=80"),
+        (config_of(NARROW, None), False, "gives a warpgroup 64 columns; gated it needs 128"),
+        (config_of(None, 3), False, "MosaicGpuConfig, not 3"),
     ],
 )
-def test_what_does_not_fit_is_said_with_the_numbers(config, says, monkeypatch):
+def test_what_does_not_fit_is_said_with_the_numbers(config, codes, says, monkeypatch):
     """Before anything is compiled: while it is traced."""
     monkeypatch.setattr(implementations, "_warned", set())  # it is said once
-    call = functools.partial(fused_moe, config=config)
+    call = functools.partial(fused_moe, config=config, activation_format="fp8_per_group" if codes else None)
     with interpreted("mosaic_gpu"):
         with pytest.raises(UnsupportedError, match=says):
-            jax.eval_shape(functools.partial(call, implementation="mosaic_gpu"), *arrays())
+            jax.eval_shape(functools.partial(call, implementation="mosaic_gpu"), *arrays(codes=codes))
         with pytest.warns(UserWarning, match=says), pytest.raises(ValueError, match="XLA serves this call"):
-            jax.eval_shape(call, *arrays())
+            jax.eval_shape(call, *arrays(codes=codes))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("config", [TOO_LARGE_IN_BLOCKS, TOO_MANY_SUMS])
+def test_scales_of_blocks_take_the_room(config, monkeypatch):
+    """What does not fit with them does without."""
+    function = functools.partial(fused_moe, config=config_of(config, config))
+    assert tiles_of(monkeypatch, function, *arrays()) == [("both", config)]
 
 
 @pytest.mark.parametrize("config", [config_of(LOW, None), config_of(None, LOW), config_of(LOW, LOW)])
@@ -157,6 +177,8 @@ SECOND = tuned.Shape(E, H, INNER, False, "bf16")
         ({FIRST: {M: LOW}, SECOND: {M: LOW}}, None, [("both", LOW)]),
         ({FIRST: {M: LOW}, SECOND: {M: NARROW}}, None, [LOW, NARROW]),
         ({FIRST: {2 * M: TALL}, SECOND: {M // 2: NARROW}}, None, [TALL, NARROW]),
+        ({FIRST: {M: FLAT}, SECOND: {M: FLAT}}, None, [("both", FLAT)]),
+        ({FIRST: {M: TURNED}, SECOND: {M: LOW}}, None, [TURNED, LOW]),
         ({FIRST: {2 * M + 1: TALL}}, None, [("both", BY_HEURISTIC)]),
         ({FIRST._replace(operands="f16"): {M: TALL}}, None, [("both", BY_HEURISTIC)]),
         ({FIRST: {M: TALL}, SECOND: {M: NARROW}}, config_of(LOW, LOW), [("both", LOW)]),
@@ -178,7 +200,8 @@ def test_look_up_takes_the_nearest_rows():
     assert tuned.look_up(found, SECOND, 100) is None
 
 
-def test_entries_are_read_as_they_were_written():
-    entry = json.loads(json.dumps(tuned.write(FIRST, 128, LOW, us=1.5, device="H200")))
-    assert entry["us"] == 1.5
-    assert tuned.read(entry) == (FIRST, 128, LOW)
+@pytest.mark.parametrize("config", [LOW, FLAT])
+def test_entries_are_read_as_they_were_written(config):
+    entry = json.loads(json.dumps(tuned.write(FIRST, 128, config, us=1.5, device="H200")))
+    assert (entry["us"], entry["weights_on_m"]) == (1.5, config.weights_on_m)
+    assert tuned.read(entry) == (FIRST, 128, config)

@@ -218,6 +218,18 @@ def test_gradients_are_those_of_xla():
         assert_close(found[0], gradients(x, w13, jnp.roll(w2, 1, 0), weights, "xla")[0], batch=0.1, worst_row=0.1)
 
 
+def test_a_second_derivative_is_an_error_not_zero():
+    x, w13, w2, weights, ids = problem()
+
+    def total(x):
+        return jnp.sum(fused_moe(x, w13, w2, weights, ids).astype(jnp.float32))
+
+    with interpreted("mosaic_gpu"):
+        assert "sort_by_expert" in str(jax.make_jaxpr(jax.grad(total))(x))
+        with pytest.raises(UnsupportedError, match="no second derivative"):
+            jax.make_jaxpr(jax.grad(lambda x: jnp.sum(jax.grad(total)(x).astype(jnp.float32))))(x)
+
+
 @pytest.mark.slow
 def test_the_one_expert_of_a_dense_layer():
     x, w13, w2, _, _ = problem(t=11, e=1)
@@ -235,11 +247,14 @@ WEIGHTS_FOR = {activation: weight for weight, activation in PAIRS[::-1]}
     [
         (None, {}, {}),
         (None, {"activation_format": "fp8_per_group"}, {}),
+        (None, {}, {"t": 9}),  # few rows: weights on M
+        (None, {"activation_format": "fp8_per_group"}, {"t": 9}),
+        (None, {}, {"t": 321}),  # 642 rows of 4 experts: weights on M
         (None, {"activation": "gelu_tanh"}, {}),
         ("gelu is applied between the matmuls", {"activation": "gelu"}, {}),
         ("quantized to .* between the matmuls", {"activation_format": "fp8_per_token"}, {}),
         ("quantized to .* between the matmuls", {"activation_format": "int8_per_token"}, {}),
-        ("block_m=128 tensor cores bind", {}, {"t": 321}),  # 642 rows of 4 experts
+        ("block_m=128 tensor cores bind", {}, {"t": 1025}),
         ("block_m=128 tensor cores bind", {"activation_format": "fp8_per_group"}, {"t": 321}),
         ("block_n=256 is above N=128", {}, {"h": 128}),
     ],

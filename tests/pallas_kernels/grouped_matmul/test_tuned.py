@@ -23,6 +23,7 @@ FORMATS = {  # of weights, of rows
 }
 REAL = {"bf16": jnp.bfloat16, "f16": jnp.float16}
 LOW = MosaicGpuConfig(block_m=64, block_n=256, stages=4, band=2)
+FLAT = MosaicGpuConfig(block_m=48, block_n=256, stages=4, band=2, weights_on_m=True)
 
 
 def call_of(shape, m):
@@ -76,18 +77,23 @@ def test_every_entry_serves_its_matmul():
 
 
 FACTS = {"us": 1.0, "default_us": 2.0, "device": "NVIDIA H200", "jax": "0.11.2"}
-GOOD = tuned.write(tuned.Shape(128, 1536, 2048, True, "fp8_block"), 512, LOW, **FACTS)
+GOOD, GOOD_FLAT = (
+    tuned.write(tuned.Shape(128, 1536, 2048, True, "fp8_block"), 512, config, **FACTS) for config in (LOW, FLAT)
+)
 
 
+@pytest.mark.parametrize("good", [GOOD, GOOD_FLAT], ids=["tokens on M", "weights on M"])
 @pytest.mark.parametrize("operands", [*FORMATS, *REAL])
-def test_kinds_of_operands(operands):
-    assert complaints([{**GOOD, "operands": operands}, {**GOOD, "operands": operands, "gated": False}]) == {}
+def test_kinds_of_operands(operands, good):
+    assert complaints([{**good, "operands": operands}, {**good, "operands": operands, "gated": False}]) == {}
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"block_m": 96}, "block_m=96 must be 64 or 128"),
+        ({"block_m": 72, "weights_on_m": True}, "block_m=72 must be a multiple of 16"),
+        ({"block_m": 96, "stages": 3, "weights_on_m": True}, "more registers than there are"),
         ({"stages": 5}, "bytes of shared memory"),
         ({"block_n": 128}, "gated it needs 128"),
         ({"n": 192, "gated": False}, "N=192 must be a multiple of 128"),
@@ -102,16 +108,29 @@ def test_a_bad_entry_is_noticed(changes, says):
 
 def test_entries_that_lack_something_or_stand_there_twice_are_noticed():
     assert "twice" in complaints([GOOD, GOOD])[1]
-    missing = {name: value for name, value in GOOD.items() if name != "stages"}
-    assert "stages" in complaints([missing])[0]
+    for missing in ("stages", "weights_on_m"):
+        assert missing in complaints([{name: value for name, value in GOOD.items() if name != missing}])[0]
 
 
 @pytest.mark.parametrize("in_blocks", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("n", [128, 192, 256, 4096])
-@pytest.mark.parametrize("m", [1, 64 * 8, 160 * 8 + 1, 1 << 17])
-def test_what_the_heuristic_takes_fits_shared_memory(m, n, gated, in_blocks):
-    assert (
-        heuristic(m=m, num_experts=8, n=n, gated=gated, in_blocks=in_blocks).smem_bytes(in_blocks=in_blocks)
-        <= SMEM_LIMIT
-    )
+@pytest.mark.parametrize("experts", [1, 8, 16, 17, 256])
+def test_what_the_heuristic_takes_serves(experts, n, gated, in_blocks):
+    """With weights on M there are as many stages as fit, up to 6."""
+    call = call_of(tuned.Shape(experts, n, 512, gated, "fp8_block" if in_blocks else "int8_row"), 8)
+    seen = {}
+    for mean in (*range(600), 1 << 17):
+        for m in (mean * experts, mean * experts + 1):
+            config = heuristic(m=m, num_experts=experts, n=n, gated=gated, in_blocks=in_blocks)
+            seen[config] = seen.get(config, m)
+    served = n % ((128 if gated else 64) * (2 if in_blocks else 1)) == 0
+    assert served == (mosaic_gpu.unsupported_anywhere(call) is None)
+    for config, m in seen.items():
+        assert config.smem_bytes(in_blocks=in_blocks) <= SMEM_LIMIT, (m, config)
+        if config.weights_on_m and config.stages < 6:
+            one_more = dataclasses.replace(config, stages=config.stages + 1)
+            assert one_more.smem_bytes(in_blocks=in_blocks) > SMEM_LIMIT, (m, config)
+        if served:
+            assert mosaic_gpu.unsupported_anywhere(dataclasses.replace(call, config=config)) is None, (m, config)
+    assert any(config.weights_on_m for config in seen) == (not gated or n >= 256)
