@@ -26,6 +26,8 @@ from pallas_kernels.grouped_matmul.mosaic_gpu.config import (
     SMEM_LIMIT,
     STEP_BYTES,
     heuristic,
+    in_parts,
+    rows_of_most,
 )
 
 TOKENS_ON_M, BLOCKS_N = (64, 128), (128, 256)  # rows of a tile with tokens on M; with weights there: `rows_of_tiles`
@@ -109,9 +111,9 @@ def rows_of_tiles(mean: float, most: int) -> list[int]:
 
     That is 16 rows fewer, 16 more, and one part more.
     """
-    span = mean + 1.75 * math.sqrt(mean) + 4
+    span = rows_of_most(mean)
     fewest = math.ceil(span / most)
-    equal, smaller = (16 * math.ceil(span / parts / 16) for parts in (fewest, fewest + 1))
+    equal, smaller = (in_parts(span, parts) for parts in (fewest, fewest + 1))
     return [rows for rows in dict.fromkeys((equal, equal - 16, equal + 16, smaller)) if 16 <= rows <= most]
 
 

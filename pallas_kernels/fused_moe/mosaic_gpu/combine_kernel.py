@@ -42,8 +42,8 @@ def combine(
     kernel = plgpu.kernel(
         functools.partial(_kernel, num_experts=num_experts, lay=lay),
         out_type=jax.ShapeDtypeStruct((tokens, hidden), dtype),
-        grid=(tokens, 1 if _overlap(lay) else len(lay.begins)),
-        grid_names=("token", "piece"),
+        grid=(1 if _overlap(lay) else len(lay.begins), tokens),  # the last one may have any length
+        grid_names=("piece", "token"),
         kernel_name="combine",
         compiler_params=COMPILER_PARAMS,
     )

@@ -87,7 +87,10 @@ def _unsupported_config(call: Call) -> str | None:
     if (size := config.smem_bytes(in_blocks=in_blocks)) > SMEM_LIMIT:
         return f"{config} takes {size} bytes of shared memory of {SMEM_LIMIT}; use fewer stages"
     if in_blocks and config.weights_on_m and config.block_m * config.block_n > MOST_TOKENS_IN_BLOCKS * 256:
-        return f"{config} needs more registers than there are: with scales of blocks {MOST_TOKENS_IN_BLOCKS=}"
+        most = MOST_TOKENS_IN_BLOCKS * 256
+        return (
+            f"{config} needs more registers than there are: with scales of blocks block_m * block_n is at most {most}"
+        )
     n = math.prod(call.rhs.shape[1:-1])
     if call.gated and config.warpgroup_n < 128:
         return f"{config} gives a warpgroup {config.warpgroup_n} columns; gated it needs 128, gate and up"
@@ -189,8 +192,12 @@ def _in_blocks(call: Call) -> bool:
 
 def quantizes(call: Call, fmt: Format) -> bool:
     """Whether the kernel makes codes of its results: in blocks that a tile has whole."""
-    halves = 2 if call.gated else 1
-    n, of_tile = math.prod(call.rhs.shape[1:-1]) // halves, config_of(call).block_n // halves
+    if 0 in (*call.lhs.shape, *call.rhs.shape):
+        return False
+    config, halves = config_of(call), 2 if call.gated else 1
+    if config.weights_on_m and not (_in_blocks(call) and call.out_dtype.itemsize == 2):
+        return False  # turned rows of f32, or beside operands without scales, are not in `smem_bytes`
+    n, of_tile = math.prod(call.rhs.shape[1:-1]) // halves, config.block_n // halves
     in_kernel = call.epilogue is None or call.epilogue.name not in NOT_IN_KERNELS
     is_group = fmt.block == (1, BLOCK) and fmt.code == jnp.float8_e4m3fn and fmt.scale_dtype == np.float32
-    return is_group and in_kernel and n % BLOCK == of_tile % BLOCK == 0 and 0 not in (*call.lhs.shape, *call.rhs.shape)
+    return is_group and in_kernel and n % BLOCK == of_tile % BLOCK == 0

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import jax
 
 from pallas_kernels.devices import interpreting, num_cores
+from pallas_kernels.formats import QuantizedArray
 from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.mosaic_gpu import tuned
 from pallas_kernels.grouped_matmul.mosaic_gpu.work import max_tiles
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from pallas_kernels.fused_moe.experts import ExpertsCall
 
 __all__ = ["run", "unsupported", "unsupported_anywhere"]
+
+
+MOST_BYTES = 28 << 20  # of rows that are there beside the results of both: of 32 MB that a layer may take
 
 
 def unsupported(call: ExpertsCall) -> str | None:
@@ -39,6 +43,9 @@ def unsupported_anywhere(call: ExpertsCall) -> str | None:
     if first.out_format is not None and not mosaic_gpu.quantizes(first, first.out_format):
         return f"results are quantized to {first.out_format} between the matmuls"
     config, n = mosaic_gpu.config_of(first), second.rhs.shape[1]
+    rows = first.lhs.values if isinstance(first.lhs, QuantizedArray) else first.lhs
+    if rows.size * rows.dtype.itemsize > MOST_BYTES:
+        return "the rows of the first matmul would take memory until the second one ends"
     if config.split_rows:
         return f"with {config.block_m=} tensor cores bind, and two launches are faster"
     other = second.config if (second.config, first.config) != (None, None) else tuned.config_for(second)

@@ -40,10 +40,10 @@ class MosaicGpuConfig:
                 f"block_m={self.block_m} must be a multiple of 16, at most {MOST_TOKENS}, with weights on M"
             )
         if not self.weights_on_m and self.block_m not in (64, 128):
-            raise ValueError(f"block_m={self.block_m} must be 64 or 128: two warpgroups of {WARPGROUP_ROWS} rows")
-        most = 512 if self.weights_on_m and self.block_m <= 64 else 256 if self.weights_on_m or self.split_rows else 512
-        if self.block_n % 128 or not 128 <= self.block_n <= most:
-            raise ValueError(f"block_n={self.block_n} must be a multiple of 128, at most {most} with {self.block_m=}")
+            raise ValueError(f"block_m={self.block_m} must be 64 or 128, or weights_on_m=True")
+        widths = (128, 256, 512) if self.block_m <= 64 else (128, 256)
+        if self.block_n not in widths:
+            raise ValueError(f"block_n={self.block_n} must be one of {widths} with block_m={self.block_m}")
         if self.stages < 2 or self.band < 1:
             raise ValueError(f"stages={self.stages} must be at least 2 and band={self.band} at least 1")
 
@@ -64,20 +64,25 @@ class MosaicGpuConfig:
 
     def smem_bytes(self, *, in_blocks: bool) -> int:
         """Shared memory of operands, the scales of their rows, barriers and output."""
-        step = STEP_BYTES * (self.block_m + self.block_n) + 16
+        size = self.stages * (STEP_BYTES * (self.block_m + self.block_n) + 16)
         if in_blocks:
-            step += 4 * scales_height(self.block_m)
+            size += _in_pages(4 * self.stages * scales_height(self.block_m))
         if not self.weights_on_m:
-            return self.stages * step + 2 * COMPUTE_WARPGROUPS * WARPGROUP_ROWS * STORE_BYTES
-        output = 2 * COMPUTE_WARPGROUPS * self.chunk_m * STORE_BYTES
-        if in_blocks:  # and what is turned before it is quantized, and 64 scales of each kind
-            output += 2 * self.chunk_m * TURNED_BYTES + 2048
-        return self.stages * step + output
+            return size + 2 * COMPUTE_WARPGROUPS * WARPGROUP_ROWS * STORE_BYTES
+        size += 2 * COMPUTE_WARPGROUPS * self.chunk_m * STORE_BYTES
+        if in_blocks:  # what is turned before it is quantized, and 64 numbers of each kind
+            size += 2 * self.chunk_m * TURNED_BYTES + 2048
+        return size
 
 
 def scales_height(block_m: int) -> int:
     """Scales of rows in a step, filled up so that the next ones begin where the TMA may write."""
     return -(-block_m // ALIGNED_SCALES) * ALIGNED_SCALES
+
+
+def _in_pages(size: int) -> int:
+    """Bytes, filled up to where the next array of shared memory begins."""
+    return -(-size // 1024) * 1024
 
 
 def block_k(dtype: Any) -> int:
@@ -93,16 +98,22 @@ def block_m_for(m: int, num_experts: int, *, in_blocks: bool) -> int:
 
 
 def _tokens(m: int, num_experts: int, *, in_blocks: bool) -> int | None:
-    """Rows of a tile with weights on M; None: tokens are better there.
-
-    As many as nearly all experts have, or equal parts of these: an expert has its mean and about the root of it more,
-    and a tile begins up to 7 rows before.
-    """
-    mean = m / num_experts
+    """Rows of a tile with weights on M; None: tokens are better there."""
+    mean = m / max(num_experts, 1)
     if not (mean <= 20 or (48 < mean <= 512 and not in_blocks)):
         return None
-    span = mean + 1.75 * math.sqrt(mean) + 4
-    return 16 * math.ceil(span / math.ceil(span / MOST_TOKENS) / 16)
+    span = rows_of_most(mean)
+    return in_parts(span, math.ceil(span / MOST_TOKENS))
+
+
+def rows_of_most(mean: float) -> float:
+    """What nearly all experts have, and the up to 7 rows before them where a tile begins, if they have `mean` rows."""
+    return mean + 1.75 * math.sqrt(mean) + 4
+
+
+def in_parts(span: float, parts: int) -> int:
+    """Rows of a tile with weights on M, of which so many have that many rows."""
+    return 16 * math.ceil(span / parts / 16)
 
 
 def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool) -> MosaicGpuConfig:
@@ -122,7 +133,7 @@ def heuristic(*, m: int, num_experts: int, n: int, gated: bool, in_blocks: bool)
         return next(config for config in configs if config.smem_bytes(in_blocks=in_blocks) <= SMEM_LIMIT)
     if narrow or block_m_for(m, num_experts, in_blocks=in_blocks) == 128:
         band = 2 if m <= 192 * num_experts else 4  # about the row tiles of an expert
-        if in_blocks and num_experts <= 16:
+        if in_blocks and num_experts <= 16 and m <= 2048 * num_experts and (gated or band == 2):
             band = 8
         return MosaicGpuConfig(block_m=128, block_n=block_n, stages=4 if block_n == 256 else 5, band=band)
     if n >= 256 and (gated or in_blocks):

@@ -36,7 +36,7 @@ class Chunk(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """Registers -> SMEM -> HBM in chunks of columns, only the rows that a tile owns."""
+    """Registers -> SMEM -> HBM in chunks of rows and columns, only the rows that a tile owns."""
 
     work: Work
     scales: Pair | None  # that multiply whole rows; None: there are none, or they are in the sums

@@ -22,7 +22,7 @@ class Operands(NamedTuple):
     scales_gmem: Pair | None  # of blocks
     lhs_smem: Any  # [stages, block_m, block_k]
     rhs_smem: Any  # [stages, block_n, block_k]
-    scales_smem: Any  # f32 [stages, block_m], those of rows in blocks
+    scales_smem: Any  # f32 [stages, at least block_m], those of rows in blocks
 
     def row_scales(self, first: Any, slot: Any, sides: Sides) -> jax.Array:
         """Those of a warpgroup's rows of a tile, from `first` on, at the step in a slot."""

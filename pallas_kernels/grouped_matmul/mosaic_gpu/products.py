@@ -153,11 +153,11 @@ class _Products(NamedTuple):
         side = sides(work.config)
 
         def k_step(ki: jax.Array, carry: Any) -> Any:
-            sums, (of_parts, *ahead) = carry
+            sums, of_parts = carry
             slot = self.slots.of(step + ki)
             plgpu.barrier_wait(self.slots.loaded.at[slot])
             of_rows = operands.row_scales(self._first_row if work.config.split_rows else 0, slot, side)
-            following = self._scales_at(tile, ki + self._ahead)  # on their way in the meantime
+            following = self._scales_at(tile, jnp.minimum(ki + 1, work.k_steps - 1))  # on their way in the meantime
             added = []
             for part, total, of_part in zip(parts, sums, of_parts, strict=True):
 
@@ -170,7 +170,7 @@ class _Products(NamedTuple):
                 if part is parts[-1]:
                     plgpu.barrier_arrive(self.slots.consumed.at[slot])
                 added.append(total + side.times(found, of_rows * of_part, side.tokens))
-            return added, [*ahead, following]
+            return added, following
 
         zeros = [plgpu.layout_cast(jnp.zeros(side.shape(part.size), jnp.float32), plgpu.Layout.WGMMA) for part in parts]
         half = self._halfway(steps)
@@ -179,21 +179,13 @@ class _Products(NamedTuple):
         sums, _ = lax.fori_loop(half, steps, k_step, carry)
         return sums, found
 
-    def _first_scales(self, tile: Tile) -> list[list[jax.Array]]:
-        """Those of the weights' first blocks of K, ahead of time."""
-        if self.matmul.operands.scales_gmem is None:
-            return []
-        return [self._scales_at(tile, jnp.int32(ki)) for ki in range(self._ahead)]
-
-    @property
-    def _ahead(self) -> int:
-        """Blocks of K: one is too few, since a loop waits at its end for what it carries; not gated, two spill."""
-        return 2 if self.matmul.work.gated else 1
+    def _first_scales(self, tile: Tile) -> list[jax.Array]:
+        """Those of the weights' first block of K, ahead of time."""
+        return [] if self.matmul.operands.scales_gmem is None else self._scales_at(tile, jnp.int32(0))
 
     def _scales_at(self, tile: Tile, ki: jax.Array) -> list[jax.Array]:
-        """Those of each part's weights; past the last block again those of that."""
+        """Those of each part's weights."""
         work, operands = self.matmul.work, self.matmul.operands
-        ki = jnp.minimum(ki, work.k_steps - 1)
         column = work.loaded_column(tile.column) + self.matmul.store.first_column
         return [
             operands.weight_scale(tile.expert, part.half, column + part.offset, work.n_out, ki) for part in work.parts()

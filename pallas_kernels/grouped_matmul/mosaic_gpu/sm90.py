@@ -1,4 +1,4 @@
-"""Grouped matmuls on Hopper: tokens on M; operands of 16 bits, or of 8 with scales.
+"""Grouped matmuls on Hopper, tokens or weights on M; operands of 16 bits, or of 8 with scales.
 
 A persistent grid: each block takes tiles until there are none. One warpgroup loads the operands of the next steps, tile
 after tile without a pause, two multiply. A tile belongs to one expert; where two experts meet within its rows, each
@@ -128,20 +128,30 @@ def _turned(weights: Sequence[Weights], config: MosaicGpuConfig) -> Any:
     return plgpu.SMEM((2, config.chunk_m, BLOCK), dtype, transforms=transforms)
 
 
-def _stored(weights: Weights, config: MosaicGpuConfig, slots: int) -> Any:
-    """The chunks of results on their way from registers to memory: rows of their own, so that they are cut anywhere."""
-    dtype, halves = weights.stored_dtype, 2 if weights.gated else 1
-    if config.weights_on_m:
-        if weights.out_format is not None:
-            return plgpu.SMEM((COMPUTE_WARPGROUPS, 1, config.chunk_m, BLOCK), dtype)
+def _turned_rows(weights: Weights, config: MosaicGpuConfig) -> Any:
+    """The same with weights on M: two slots of 128 bytes of a row, or one of 256."""
+    dtype, width, slots = weights.stored_dtype, BLOCK, 2
+    transforms: tuple[Any, ...] = ()
+    if weights.out_format is None:
         width = STORE_BYTES // dtype.itemsize
         if width < WARPGROUP_ROWS:  # f32: features are turned 64 at a time
-            return plgpu.SMEM((COMPUTE_WARPGROUPS, 1, config.chunk_m, WARPGROUP_ROWS), dtype)
-        rows = (plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(STORE_BYTES))
-        slots, tiles = 2, 1
-        if config.chunk_m == config.block_m and weights.n_out % (2 * width) == 0:  # few rows: more columns at once
-            slots, tiles = 1, min(2, config.warpgroup_n // halves // width)
-        return plgpu.SMEM((COMPUTE_WARPGROUPS, slots, config.chunk_m, tiles * width), dtype, transforms=rows)
+            width, slots = WARPGROUP_ROWS, 1
+        else:
+            transforms = (plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(STORE_BYTES))
+            own = config.warpgroup_n // (2 if weights.gated else 1)
+            if config.chunk_m == config.block_m and own >= 2 * width and weights.n_out % (2 * width) == 0:
+                width, slots = 2 * width, 1  # few rows: more columns at once
+    return plgpu.SMEM((COMPUTE_WARPGROUPS, slots, config.chunk_m, width), dtype, transforms=transforms)
+
+
+def _stored(weights: Weights, config: MosaicGpuConfig, slots: int) -> Any:
+    """The chunks of results on their way from registers to memory: rows of their own, so that they are cut anywhere.
+
+    As many bytes for each warpgroup whatever the results are, so that those of two matmuls can share a place.
+    """
+    dtype, halves = weights.stored_dtype, 2 if weights.gated else 1
+    if config.weights_on_m:
+        return _turned_rows(weights, config)
     width = min(STORE_BYTES // dtype.itemsize, config.warpgroup_n // halves)
     transforms: tuple[Any, ...]
     transforms = (plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(width * dtype.itemsize))
@@ -167,7 +177,7 @@ def _kernel(
         quantized = each.out_format is not None
         results.append((refs[0], refs[1] if quantized else None))
         refs = refs[1 + quantized :]
-    # [steps, block_m, block_k], [steps, block_n, block_k], [2 warpgroups, slots, 64, columns], barriers [steps]
+    # [steps, block_m, block_k], [steps, block_n, block_k], [2 warpgroups, slots, rows, columns], barriers [steps]
     lhs_smem, rhs_smem, stored, loaded, consumed, *of_scales = refs
     done, scales_smem, turned_smem = None, None, None
     if len(weights) > 1 and interpreting.get() is not None:

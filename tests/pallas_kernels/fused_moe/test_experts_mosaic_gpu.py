@@ -218,6 +218,14 @@ def test_gradients_are_those_of_xla():
         assert_close(found[0], gradients(x, w13, jnp.roll(w2, 1, 0), weights, "xla")[0], batch=0.1, worst_row=0.1)
 
 
+@pytest.mark.parametrize("scheme", FORMATS)
+def test_a_device_without_experts(scheme):
+    x, w13, w2, weights, ids = problem()
+    weight, fmt = FORMATS[scheme]
+    none = (packed(w[:0], weight) for w in (w13, w2))
+    assert not run(x, *none, weights, ids, activation_format=fmt).any()
+
+
 def test_a_second_derivative_is_an_error_not_zero():
     x, w13, w2, weights, ids = problem()
 

@@ -70,6 +70,7 @@ def test_tokens_that_stay_in_place(name):
 @needs_interpreter
 def test_reciprocals_move_few_codes_by_one():
     x, fmt = tokens_of(16, 1024), by_name("fp8_per_token")
+    x = x.at[5].set(0).at[5, :2].set(jnp.array([7 * 448, 7 * 29]))  # 29 is a midpoint; times 1/7 it is a little more
     with interpreted("mosaic_gpu", out_of_bounds_reads="uninitialized"):
         found = quantize_tokens(x, fmt, None, by_reciprocal=True)
     expected = quantize(x, fmt)
@@ -77,6 +78,7 @@ def test_reciprocals_move_few_codes_by_one():
     codes, right = (np.asarray(q.values).view(np.uint8).astype(int) for q in (found, expected))
     assert np.abs(codes - right).max() <= 1
     assert np.mean(codes != right) < 1e-2
+    assert [float(q.values[5, 1]) for q in (found, expected)] == [30, 28]
 
 
 @pytest.mark.interpreted
