@@ -43,7 +43,8 @@ class Scheme(NamedTuple):
 # Rounding sums, hidden values and outputs to bf16 costs 1.7e-3 each, and a kernel may round fewer of them. Sums that
 # differ by so much put one code in thirty of the hidden values on the other side of a midpoint, a step of 9 %: 1.6e-2,
 # and of the worst of 4096 rows 4.01e-2 (fp8 per channel).
-_BF16, _CODES = Limits(4e-3, 6e-3), Limits(2e-2, 5e-2)
+# Peers that round the gate's activation and its product apart are 4.2e-3 off in bf16.
+_BF16, _CODES = Limits(5e-3, 7e-3), Limits(2e-2, 5e-2)
 # One scale of all hidden values hangs on the rounding of the largest of them: 2**-8 more moves one code in twenty
 # (2.8e-2, and 6.8e-2 of the worst of 4096 rows).
 _ONE_SCALE = Limits(4e-2, 1e-1)

@@ -56,8 +56,10 @@ def check_kernels(reports, count):
         assert report.smem_bytes <= SMEM_LIMIT
 
 
-@pytest.mark.parametrize("tokens", few([5, 64, 4096], [4096]))
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "tokens"),
+    few_cases([(model, t) for model in MODELS for t in (5, 64, 4096)], [("gpt-oss-20b", 64), ("mixtral", 4096)]),
+)
 def test_real_shapes(model, tokens, tmp_path):
     e, top_k, h, i, activation, biased = MODELS[model]
     m = tokens * top_k
@@ -239,3 +241,16 @@ def test_what_quantization_leaves_to_xla(case, tmp_path):
     with aot_gpu.kernel_reports(tmp_path) as reports, warnings.catch_warnings(action="ignore"):
         loader_step("mxfp8", shape, part, devices, order)
     assert len(reports) == (case in ("half", "several devices"))
+
+
+@pytest.mark.parametrize(("rows", "dtype"), few_cases([(64, BF16), (1696, BF16), (64, jnp.float32)], [(1696, BF16)]))
+def test_results_to_be_quantized_fit_in_shared_memory(rows, dtype, tmp_path):
+    """Where the kernel has no room to turn them, another quantizes them."""
+
+    def matmul(x, w, sizes):
+        fmt = by_name("fp8_per_group")
+        return grouped_matmul(x, w, sizes, out_format=fmt, out_dtype=dtype, implementation="mosaic_gpu")
+
+    with aot_gpu.kernel_reports(tmp_path) as reports:
+        aot_gpu.compile_for(aot_gpu.device_of(), matmul, *arguments(rows, 16, 512, 512, biased=False))
+    check_kernels(reports, 2 if dtype == BF16 else 1)

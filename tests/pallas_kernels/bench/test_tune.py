@@ -92,7 +92,8 @@ def test_candidates(tokens, scheme):
     assert {(tiles.w13.weights_on_m, tiles.w13.block_m) for tiles in found} >= {(False, 64), (False, 128), (True, 64)}
     assert len({tiles.w13.block_m for tiles in found if tiles.w13.weights_on_m} - {64, 128}) >= 1
     shared = [tiles for tiles in found if cell.in_one_launch(tiles)]
-    assert bool(shared) == (scheme in ("bf16", "fp8_block128"))
+    few_bytes = tokens < 4096  # of rows, which a launch of both keeps to its end
+    assert bool(shared) == (few_bytes and scheme in ("bf16", "fp8_block128"))
     assert all(tiles.w13 == tiles.w2 for tiles in shared)
 
 

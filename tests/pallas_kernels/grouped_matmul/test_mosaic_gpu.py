@@ -14,6 +14,7 @@ from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.grouped_matmul.mosaic_gpu.work import NUM_TILES, max_tiles, plan_work
 from pallas_kernels.hopper import FIRST_JAX
 from pallas_kernels.implementations import interpreted
+from quick import few_cases
 from races import no_races
 from tolerance import assert_close
 
@@ -28,6 +29,7 @@ TALL = MosaicGpuConfig(block_m=128, block_n=256, stages=2)
 LOW = MosaicGpuConfig(block_m=64, block_n=128, stages=3)
 LOW_WIDE = MosaicGpuConfig(block_m=64, block_n=256, stages=2, band=1)
 WEIGHTS_ON_M = MosaicGpuConfig(block_m=96, block_n=256, stages=2, weights_on_m=True)
+SIDES = {"tall": TALL, "low": LOW, "weights on M": WEIGHTS_ON_M}
 GROUPS = {
     "even": (64,) * 4,
     "one takes all": (0, 256, 0, 0),
@@ -58,9 +60,12 @@ def expected_of(x, w, sizes, **options):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("config", [TALL, LOW, WEIGHTS_ON_M], ids=["tall", "low", "weights on M"])
-@pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
-def test_matches_definition(sizes, config):
+@pytest.mark.parametrize(
+    ("groups", "config"),
+    few_cases([(g, c) for g in GROUPS for c in SIDES], [("ragged, short", c) for c in SIDES] + [("none", "low")]),
+)
+def test_matches_definition(groups, config):
+    sizes, config = GROUPS[groups], SIDES[config]
     x, w = problem()
     found, used = run(x, w, sizes, config=config), sum(sizes)
     expected = expected_of(x, w, sizes)
