@@ -20,7 +20,7 @@ from pallas_kernels.grouped_matmul import mosaic_gpu
 from pallas_kernels.grouped_matmul.mosaic_gpu import MosaicGpuConfig
 from pallas_kernels.grouped_matmul.mosaic_gpu.config import SMEM_LIMIT
 from pallas_kernels.hopper import FIRST_JAX
-from quick import few, few_cases
+from quick import few_cases
 from scaled_kernel import scaled_matmul
 
 pytestmark = [
