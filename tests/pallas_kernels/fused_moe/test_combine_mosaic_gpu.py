@@ -12,7 +12,7 @@ from pallas_kernels.fused_moe.combine_call import CombineCall
 from pallas_kernels.fused_moe.mosaic_gpu import combine
 from pallas_kernels.hopper import FIRST_JAX
 from pallas_kernels.implementations import interpreted
-from quick import few
+from quick import few, few_cases
 from races import no_races
 
 pytestmark = [
@@ -21,6 +21,8 @@ pytestmark = [
         jax.__version_info__[:2] < FIRST_JAX, reason=f"jax {jax.__version__} has no interpreter for Mosaic GPU kernels"
     ),
 ]
+
+SMALL, ODD = (16, 3, 5, 256, jnp.bfloat16), (5, 1, 3, 131, jnp.float32)
 
 
 def problem(tokens, top_k, experts, hidden, dtype):
@@ -49,7 +51,7 @@ def expected_of(ids, weights, outputs, experts):
 @pytest.mark.parametrize("with_table", few([True, False], [True]), ids=["sorted by a kernel", "sorted by XLA"])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts", "hidden", "dtype"),
-    [(16, 3, 5, 256, jnp.bfloat16), (7, 2, 70, 1160, jnp.float16), (5, 1, 3, 131, jnp.float32)],
+    few_cases([SMALL, (7, 2, 70, 1160, jnp.float16), ODD], [SMALL, ODD]),
 )
 def test_weighted_sum(tokens, top_k, experts, hidden, dtype, with_table):
     ids, weights, outputs = problem(tokens, top_k, experts, hidden, dtype)

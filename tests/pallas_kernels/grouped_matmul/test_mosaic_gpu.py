@@ -127,7 +127,7 @@ def test_dtypes_and_shapes():
         pytest.param("swiglustep", None, False, marks=pytest.mark.slow),
         pytest.param("situ", None, True, marks=pytest.mark.slow),
         ("gelu", None, True),
-        ("silu", WEIGHTS_ON_M, True),
+        pytest.param("silu", WEIGHTS_ON_M, True, marks=pytest.mark.slow),
         ("silu_no_mul", LOW, True),
         ("relu2_no_mul", TALL, False),
         pytest.param("gelu_no_mul", None, False, marks=pytest.mark.slow),

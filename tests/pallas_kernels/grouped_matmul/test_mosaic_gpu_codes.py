@@ -36,7 +36,7 @@ CONFIGS = {  # each way to share a tile among the warpgroups
     "narrow weights": MosaicGpuConfig(block_m=48, block_n=128, stages=2, weights_on_m=True),
     "weights, chunks of rows": MosaicGpuConfig(block_m=80, block_n=256, stages=2, weights_on_m=True),
 }
-QUICK = [(PAIRS[0], "rows"), (PAIRS[5], "wide columns"), (PAIRS[1], "narrow weights"), (PAIRS[0], "weights")]
+QUICK = [(PAIRS[0], "rows"), (PAIRS[5], "wide columns"), (PAIRS[1], "weights")]
 SIZES = (70, 0, 127, 3)
 EXACT = {"batch": 2e-6, "worst_row": 4e-6}  # sums of exact products in f32, in another order
 ROUNDED = {"batch": 4.5e-3, "worst_row": 7e-3}  # gate, up and their product are rounded to bf16
@@ -66,18 +66,18 @@ def expected_of(lhs, rhs, sizes=SIZES, **options):
 )
 def test_k_ends_within_a_step(pair, config):
     """What the TMA reads past it is zero, as the interpreter's memory is here."""
-    lhs, rhs = problem(pair, k=192)
+    lhs, rhs, sizes = *problem(pair, m=50, e=2, k=192), (0, 41)
     zeros = {"out_of_bounds_reads": "uninitialized", "uninitialized_memory": "zero"}
     with no_races(), interpreted("mosaic_gpu", detect_races=True, **zeros):
         found = grouped_matmul(
             lhs,
             rhs,
-            jnp.array(SIZES, jnp.int32),
+            jnp.array(sizes, jnp.int32),
             config=CONFIGS[config],
             out_dtype=jnp.float32,
             implementation="mosaic_gpu",
         )
-    assert_close(np.asarray(found), expected_of(lhs, rhs), **EXACT)
+    assert_close(np.asarray(found), expected_of(lhs, rhs, sizes), **EXACT)
 
 
 CASES = [(pair, config) for pair in PAIRS for config in CONFIGS]
