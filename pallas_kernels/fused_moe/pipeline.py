@@ -74,7 +74,7 @@ def prepare(
         `fused_moe` passes straight through.
       expert_map: int32 `[global_E]`, the place here of each global id, or -1; `topk_ids` are global ids then.
       apply_router_weight_on_input: Multiplies `x` (rounded to its dtype) here, and nothing at the end; top_k must be 1.
-      implementation: `"xla"` for no kernel; of any other choice the rows are the same bits.
+      implementation: `"xla"` for no kernel, here and in `finalize`; of any other choice the rows are the same bits.
 
     Raises:
       TypeError: a dtype that is none of those above.
@@ -169,6 +169,8 @@ def finalize(
     outputs: Float[Array, "M H"], prepared: Prepared, *, dtype: DTypeLike | None = None
 ) -> Float[Array, "T H"]:
     """The weighted sum of each token's outputs, in f32 and in the order of the slots; rounded once.
+
+    By a kernel on Hopper, unless `prepare` was told otherwise.
 
     Args:
       outputs: `[T * top_k, H]`, in the order of `prepared.rows`.

@@ -35,8 +35,7 @@ def _take_tokens_forward(
 def _take_tokens_backward(
     implementation: Implementation | None, order: ExpertOrder, by_rows: jax.Array
 ) -> tuple[jax.Array, None]:
-    ones = jnp.ones(order.rows.shape, jnp.float32)
-    return combine(by_rows, ones, order, np.dtype(by_rows.dtype), implementation), None
+    return sum_of_rows(by_rows, order, implementation), None
 
 
 take_tokens.defvjp(_take_tokens_forward, _take_tokens_backward)
@@ -66,6 +65,13 @@ def combine(
         weighted = weights[:, slot, None] * rows[row].astype(jnp.float32)
         total = total + jnp.where(mine, weighted, jnp.zeros_like(weighted))
     return total.astype(dtype)
+
+
+def sum_of_rows(
+    by_rows: Float[Array, "M H"], order: ExpertOrder, implementation: Implementation | None
+) -> Float[Array, "T H"]:
+    """Of each token's rows, all alike: the gradient by tokens, from that by the rows taken from them."""
+    return combine(by_rows, jnp.ones(order.rows.shape, jnp.float32), order, np.dtype(by_rows.dtype), implementation)
 
 
 Residuals = tuple[jax.Array, jax.Array, ExpertOrder]

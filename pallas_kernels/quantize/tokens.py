@@ -50,9 +50,10 @@ def send_tokens(
 def quantize_tokens(
     x: Float[Array, "T K"], fmt: Format, implementation: Implementation | None, *, by_reciprocal: bool = False
 ) -> QuantizedArray:
-    """`quantize` for activations, by a kernel where there is one: the same bits.
+    """`quantize` for activations, by a kernel where there is one: the same bits, unless `by_reciprocal` is set.
 
-    With `by_reciprocal` a kernel multiplies where the definition divides: faster, and a few codes differ by one.
+    Then a kernel with one scale for each row multiplies where the definition divides: faster, and a few codes differ by
+    one.
     """
     call = TokensCall(x=x, format=fmt, places=None, by_reciprocal=by_reciprocal)
     kernel = _kernel(call, implementation)
